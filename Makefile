@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: GPL-2.0
+ifneq ($(KERNELRELEASE),)
+# Read by kbuild, out of tree and in tree alike.
+
+obj-$(CONFIG_PMSKB) += rust/
+
+else
+# Read by make in this directory.
+
+ifdef KDIR
+# With a kernel build tree of the machine's own: the module, nothing else.
+
+all: modules
+modules modules_install:
+	$(MAKE) -C $(KDIR) M=$(CURDIR) CONFIG_PMSKB=m $@
+clean:
+	$(MAKE) -C $(KDIR) M=$(CURDIR) CONFIG_PMSKB=m clean
+.PHONY: all modules modules_install clean
+
+else
+# Everything else happens in the lab, which brings its own tool chain.
+
+LAB := tools/lab/lab
+export KERNEL ?= 7.2
+ifdef PMSKB_BUILD
+export PMSKB_BUILD
+endif
+
+all:
+	@$(LAB) all
+
+root kernel module tools selftests docs rootfs:
+	@$(LAB) $@
+
+vm:
+	@$(LAB) shell
+
+demo:
+	@$(LAB) build
+	@tools/demo/demo
+
+test lint:
+	@$(LAB) $@
+
+clean distclean:
+	@$(LAB) $@
+
+help:
+	@echo 'pmskb: received packets as the durable form of application data'
+	@echo
+	@echo 'In the lab (as root, on Debian 12 or 13; fetches what it needs, all in build/):'
+	@echo '  make             the module and the tools'
+	@echo '  make demo        PUTs over a real NIC, a power cut, and every object found again'
+	@echo '  make test        every check; ends with "N passed, N failed"'
+	@echo '  make lint        rustfmt, clippy, checkpatch, shellcheck'
+	@echo '  make vm          a shell in a virtual machine with a store attached'
+	@echo '  make kernel      the kernel to build against; also: root rootfs'
+	@echo '  make module      pmskb.ko; also: tools selftests docs'
+	@echo '  make clean       remove what was built from these files'
+	@echo '  make distclean   remove all of build/, kernels and build root included'
+	@echo 'Settings:'
+	@echo '  KERNEL=7.2|7.3   kernel series (now $(KERNEL))'
+	@echo '  PMSKB_BUILD=DIR  build there and not in build/'
+	@echo
+	@echo 'With a kernel of your own, no lab (CONFIG_RUST=y, its rustc and bindgen installed):'
+	@echo '  make KDIR=/lib/modules/$$(uname -r)/build            pmskb.ko'
+	@echo '  make KDIR=... modules_install                       install it'
+	@echo
+	@echo 'More: README.md, tools/lab/README.md'
+
+.PHONY: all root kernel module tools selftests docs rootfs vm demo test lint clean distclean help
+endif
+
+endif
