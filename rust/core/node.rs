@@ -1,0 +1,341 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Index nodes: their layout, the search in one, and the pool they come from.
+//!
+//! A node is 1 KiB, four in a frame; volatile. 8-byte words:
+//!
+//! ```text
+//!   0 version, odd while the node is being written
+//!   8 count (16 bits), level (8, 0 = leaf), 8 zero, skip (16), magic (16)
+//!  16, 24, 32  of a frame's first node: the pool's links, mask of free nodes
+//!  64 entries: prefix, locator; in inner nodes also child
+//! ```
+//!
+//! All keys of a node have their first `skip` bytes in common; `prefix` is the
+//! 8 bytes after them, big-endian, zero padded. Where prefixes tie, the keys
+//! themselves decide. An inner node's entry 0 has no key; the locator of each
+//! other entry is that of the smallest record below its child.
+//!
+//! All stores into nodes are 8-byte release stores, so that lock-free readers
+//! (`find`) see an odd or a new version if they see anything new. A version
+//! is never used twice.
+
+use super::frame::Frames;
+use super::record::{key_of, KeySrc};
+use super::{Error, Frame, Pmem, Result, FRAME_SIZE};
+use core::cmp::Ordering;
+
+pub(super) const NODE_SIZE: u64 = 1024;
+const ENTRIES: u64 = 64;
+const MAGIC: u64 = 0x6e70;
+pub(super) const LEAF_MAX: usize = 60;
+pub(super) const INNER_MAX: usize = 40;
+
+/// Which of the two trees.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// Records by key.
+    Keys,
+    /// Record frames by base sequence number; prefixes are the whole keys.
+    Log,
+}
+
+/// A node's second word.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Head {
+    pub(super) count: usize,
+    pub(super) level: u8,
+    pub(super) skip: usize,
+}
+
+impl Head {
+    pub(super) fn read<P: Pmem>(pm: &P, node: u64) -> Result<Head> {
+        let word = pm.load(node.saturating_add(8))?;
+        let head = Head {
+            count: (word & 0xffff) as usize,
+            level: (word >> 16) as u8,
+            skip: (word >> 32 & 0xffff) as usize,
+        };
+        if word >> 48 != MAGIC || head.count > head.max() {
+            return Err(Error::Damaged);
+        }
+        Ok(head)
+    }
+
+    pub(super) fn write<P: Pmem>(&self, pm: &P, node: u64) -> Result<()> {
+        let word = self.count as u64
+            | u64::from(self.level) << 16
+            | (self.skip as u64) << 32
+            | MAGIC << 48;
+        pm.store(node + 8, word)
+    }
+
+    pub(super) fn max(&self) -> usize {
+        if self.level == 0 {
+            LEAF_MAX
+        } else {
+            INNER_MAX
+        }
+    }
+
+    /// The first entry that has a key.
+    pub(super) fn low(&self) -> usize {
+        usize::from(self.level != 0)
+    }
+
+    fn at(&self, node: u64, index: usize) -> u64 {
+        let size = if self.level == 0 { 16 } else { 24 };
+        node.saturating_add(ENTRIES + size * index as u64)
+    }
+
+    pub(super) fn prefix<P: Pmem>(&self, pm: &P, node: u64, index: usize) -> Result<u64> {
+        pm.load(self.at(node, index))
+    }
+
+    pub(super) fn loc<P: Pmem>(&self, pm: &P, node: u64, index: usize) -> Result<u64> {
+        pm.load(self.at(node, index).saturating_add(8))
+    }
+
+    pub(super) fn child<P: Pmem>(&self, pm: &P, node: u64, index: usize) -> Result<u64> {
+        pm.load(self.at(node, index).saturating_add(16))
+    }
+
+    pub(super) fn entry<P: Pmem>(&self, pm: &P, node: u64, index: usize) -> Result<Entry> {
+        Ok(Entry {
+            prefix: self.prefix(pm, node, index)?,
+            loc: self.loc(pm, node, index)?,
+            child: if self.level == 0 {
+                0
+            } else {
+                self.child(pm, node, index)?
+            },
+        })
+    }
+
+    pub(super) fn set<P: Pmem>(&self, pm: &P, node: u64, index: usize, entry: Entry) -> Result<()> {
+        if index >= self.max() {
+            return Err(Error::Damaged);
+        }
+        let at = self.at(node, index);
+        pm.store(at, entry.prefix)?;
+        pm.store(at + 8, entry.loc)?;
+        if self.level != 0 {
+            pm.store(at + 16, entry.child)?;
+        }
+        Ok(())
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Entry {
+    pub(super) prefix: u64,
+    pub(super) loc: u64,
+    pub(super) child: u64,
+}
+
+/// The key of an entry, for trees whose prefixes are not the whole keys.
+pub(super) fn prefix_of<P: Pmem>(pm: &P, kind: Kind, loc: u64, skip: usize) -> Result<u64> {
+    match kind {
+        Kind::Keys => key_of(pm, loc)?.prefix(pm, skip),
+        Kind::Log => pm.load(loc.saturating_add(16)),
+    }
+}
+
+/// Where a key is, or would be, in a node.
+pub(super) struct Place {
+    /// Index of the first entry that is not below the key.
+    pub(super) at: usize,
+    /// That entry has the key.
+    pub(super) exact: bool,
+}
+
+/// Finds a key in a node. Entries without a key count as below it.
+pub(super) fn search<P: Pmem>(
+    pm: &P,
+    kind: Kind,
+    node: u64,
+    head: &Head,
+    key: &KeySrc<'_>,
+) -> Result<Place> {
+    let (mut low, mut high) = (head.low(), head.count);
+    if low >= high {
+        return Ok(Place {
+            at: high,
+            exact: false,
+        });
+    }
+    if head.skip > 0 {
+        let first = key_of(pm, head.loc(pm, node, low)?)?;
+        let at = match key.compare(pm, &first, head.skip)?.0 {
+            Ordering::Less => Some(low),
+            Ordering::Greater => Some(high),
+            Ordering::Equal => None,
+        };
+        if let Some(at) = at {
+            return Ok(Place { at, exact: false });
+        }
+    }
+    let prefix = key.prefix(pm, head.skip)?;
+    while low < high {
+        let mid = low + (high - low) / 2;
+        let mut order = head.prefix(pm, node, mid)?.cmp(&prefix);
+        if order == Ordering::Equal && kind == Kind::Keys {
+            let other = key_of(pm, head.loc(pm, node, mid)?)?;
+            order = other.compare(pm, key, usize::MAX)?.0;
+        }
+        match order {
+            Ordering::Less => low = mid + 1,
+            Ordering::Greater => high = mid,
+            Ordering::Equal => {
+                return Ok(Place {
+                    at: mid,
+                    exact: true,
+                })
+            }
+        }
+    }
+    Ok(Place {
+        at: low,
+        exact: false,
+    })
+}
+
+/// Free nodes.
+///
+/// Frames with free nodes are in a doubly linked list through their first
+/// node's words. One with four goes back to the allocator, unless the nodes are
+/// needed for what is staged.
+pub(super) struct Pool {
+    /// Offset of the first frame with a free node, or 0.
+    head: u64,
+    /// Free nodes.
+    pub(super) free: u64,
+    /// Frames of nodes, free or not.
+    pub(super) frames: u64,
+    /// So many free nodes are kept.
+    pub(super) keep: u64,
+    version: u64,
+}
+
+impl Pool {
+    pub(super) fn new(version: u64) -> Self {
+        Pool {
+            head: 0,
+            free: 0,
+            frames: 0,
+            keep: 0,
+            version: version & !1,
+        }
+    }
+
+    /// A version that no node had before; even.
+    pub(super) fn version(&mut self) -> u64 {
+        self.version = self.version.wrapping_add(2);
+        self.version
+    }
+
+    /// Readers: whoever looks at the node from here on, look again.
+    pub(super) fn begin<P: Pmem>(&mut self, pm: &P, node: u64) -> Result<()> {
+        let version = self.version() | 1;
+        pm.store(node, version)
+    }
+
+    /// Readers: the node is as it should be.
+    pub(super) fn end<P: Pmem>(&mut self, pm: &P, node: u64) -> Result<()> {
+        let version = self.version();
+        pm.store(node, version)
+    }
+
+    fn set_links<P: Pmem>(&mut self, pm: &P, frame: u64, next: u64, prev: u64) -> Result<()> {
+        pm.store(frame + 16, next)?;
+        pm.store(frame + 24, prev)
+    }
+
+    fn push<P: Pmem>(&mut self, pm: &P, frame: u64) -> Result<()> {
+        if self.head != 0 {
+            pm.store(self.head + 24, frame)?;
+        }
+        self.set_links(pm, frame, self.head, 0)?;
+        self.head = frame;
+        Ok(())
+    }
+
+    fn unlink<P: Pmem>(&mut self, pm: &P, frame: u64) -> Result<()> {
+        let (next, prev) = (pm.load(frame + 16)?, pm.load(frame + 24)?);
+        if next != 0 {
+            pm.store(next.saturating_add(24), prev)?;
+        }
+        if prev != 0 {
+            pm.store(prev.saturating_add(16), next)?;
+        } else {
+            self.head = next;
+        }
+        Ok(())
+    }
+
+    /// Sees to it that there are `want` free nodes.
+    pub(super) fn reserve<P: Pmem, F: Frames>(
+        &mut self,
+        pm: &P,
+        frames: &F,
+        want: u64,
+    ) -> Result<()> {
+        while self.free < want {
+            let frame = frames.alloc().ok_or(Error::NoSpace)?.off();
+            for node in 0..4 {
+                let version = self.version();
+                pm.store(frame + node * NODE_SIZE, version)?;
+            }
+            pm.store(frame + 32, 0xf)?;
+            self.push(pm, frame)?;
+            self.free += 4;
+            self.frames += 1;
+        }
+        Ok(())
+    }
+
+    /// Takes a free node; there is one by `reserve`.
+    pub(super) fn alloc<P: Pmem>(&mut self, pm: &P) -> Result<u64> {
+        let frame = self.head;
+        if frame == 0 {
+            return Err(Error::NoSpace);
+        }
+        let mask = pm.load(frame + 32)? & 0xf;
+        if mask == 0 {
+            return Err(Error::Damaged);
+        }
+        let index = u64::from(mask.trailing_zeros());
+        let left = mask & (mask - 1);
+        pm.store(frame + 32, left)?;
+        if left == 0 {
+            self.unlink(pm, frame)?;
+        }
+        self.free = self.free.saturating_sub(1);
+        Ok(frame + index * NODE_SIZE)
+    }
+
+    /// Gives a node back.
+    pub(super) fn free<P: Pmem, F: Frames>(
+        &mut self,
+        pm: &P,
+        frames: &F,
+        node: u64,
+    ) -> Result<()> {
+        let frame = node / FRAME_SIZE * FRAME_SIZE;
+        self.end(pm, node)?;
+        let mask = pm.load(frame + 32)? & 0xf;
+        let now = mask | 1 << (node % FRAME_SIZE / NODE_SIZE);
+        pm.store(frame + 32, now)?;
+        if mask == 0 {
+            self.push(pm, frame)?;
+        }
+        self.free += 1;
+        if now == 0xf && self.free >= self.keep + 4 {
+            self.unlink(pm, frame)?;
+            self.free -= 4;
+            self.frames = self.frames.saturating_sub(1);
+            frames.unhold(Frame::of(frame).ok_or(Error::Damaged)?)?;
+        }
+        Ok(())
+    }
+}

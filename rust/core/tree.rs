@@ -1,0 +1,629 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The two B+trees: records by key, record frames by base sequence number.
+//!
+//! One writer; any number of lock-free readers. A node is split by making the
+//! right half, linking it into the parent, then shortening the left half: at each
+//! instant every key is found. Full nodes on the way are split from the top.
+//! A node that becomes empty is unlinked and freed; half-empty ones stay.
+
+use super::frame::Frames;
+use super::node::{prefix_of, search, Entry, Head, Kind, Pool};
+use super::record::{key_of, KeySrc};
+use super::{Error, Pmem, Result};
+
+/// A tree cannot become higher: each level multiplies by 20 or more.
+pub(super) const MAX_HEIGHT: usize = 12;
+/// How often a reader begins anew before it gives up.
+const TRIES: u32 = 100_000;
+
+/// The word in the live page that says where a tree starts: root / 1024 in the
+/// low 34 bits, height in 6, a counter in the upper 24.
+fn root_word(root: u64, height: usize, tick: u64) -> u64 {
+    root >> 10 | (height as u64) << 34 | tick << 40
+}
+
+/// The writer's side of a tree.
+pub(super) struct Tree {
+    kind: Kind,
+    /// Where the root word is.
+    at: u64,
+    root: u64,
+    pub(super) height: usize,
+    tick: u64,
+}
+
+/// The way from the root to a leaf: nodes and the index taken in each.
+struct Descent {
+    path: [(u64, usize); MAX_HEIGHT],
+    /// Level of the path where the key is a separator.
+    separator: Option<usize>,
+    /// The leaf's entry at the path's last index has the key.
+    exact: bool,
+}
+
+impl Tree {
+    /// An empty tree.
+    pub(super) fn new<P: Pmem>(pm: &P, kind: Kind, at: u64) -> Result<Tree> {
+        let mut tree = Tree {
+            kind,
+            at,
+            root: 0,
+            height: 0,
+            tick: 0,
+        };
+        tree.publish(pm)?;
+        Ok(tree)
+    }
+
+    /// Free nodes that `inserts` insertions need at most.
+    pub(super) fn reserve(&self, inserts: u64) -> u64 {
+        inserts + inserts / 4 + 2 * (self.height as u64 + 2)
+    }
+
+    fn publish<P: Pmem>(&mut self, pm: &P) -> Result<()> {
+        self.tick = self.tick.wrapping_add(1) & 0xff_ffff;
+        pm.store(self.at, root_word(self.root, self.height, self.tick))
+    }
+
+    fn descend<P: Pmem>(&self, pm: &P, key: &KeySrc<'_>) -> Result<Descent> {
+        let mut way = Descent {
+            path: [(0, 0); MAX_HEIGHT],
+            separator: None,
+            exact: false,
+        };
+        let mut node = self.root;
+        for (depth, step) in way.path.iter_mut().take(self.height).enumerate() {
+            let head = Head::read(pm, node)?;
+            if usize::from(head.level) + depth + 1 != self.height {
+                return Err(Error::Damaged);
+            }
+            let place = search(pm, self.kind, node, &head, key)?;
+            if head.level == 0 {
+                *step = (node, place.at);
+                way.exact = place.exact;
+                break;
+            }
+            if place.exact {
+                way.separator = Some(depth);
+            }
+            let index = if place.exact {
+                place.at
+            } else {
+                place.at.saturating_sub(1)
+            };
+            *step = (node, index);
+            node = head.child(pm, node, index)?;
+        }
+        Ok(way)
+    }
+
+    fn step(&self, way: &Descent, depth: usize) -> Result<(u64, usize)> {
+        way.path.get(depth).copied().ok_or(Error::Damaged)
+    }
+
+    /// How many bytes the keys of all entries have in common; 0 for fewer than 2.
+    fn best_skip<P: Pmem>(&self, pm: &P, node: u64, head: &Head) -> Result<usize> {
+        if self.kind == Kind::Log || head.count < head.low() + 2 {
+            return Ok(0);
+        }
+        let first = key_of(pm, head.loc(pm, node, head.low())?)?;
+        let last = key_of(pm, head.loc(pm, node, head.count - 1)?)?;
+        Ok(first.compare(pm, &last, first.len())?.1)
+    }
+
+    /// Gives all prefixes of a node the skip that `head` has.
+    fn rewrite<P: Pmem>(&self, pm: &P, node: u64, head: &Head) -> Result<()> {
+        for index in head.low()..head.count {
+            let mut entry = head.entry(pm, node, index)?;
+            entry.prefix = prefix_of(pm, self.kind, entry.loc, head.skip)?;
+            head.set(pm, node, index, entry)?;
+        }
+        Ok(())
+    }
+
+    /// Puts an entry into a node that has room.
+    fn insert_entry<P: Pmem>(
+        &self,
+        pm: &P,
+        pool: &mut Pool,
+        node: u64,
+        at: usize,
+        loc: u64,
+        child: u64,
+    ) -> Result<()> {
+        let mut head = Head::read(pm, node)?;
+        if head.count >= head.max() || at > head.count {
+            return Err(Error::Damaged);
+        }
+        let mut fewer = head.skip;
+        if head.count <= head.low() {
+            fewer = 0;
+        } else if head.skip > 0 {
+            let first = key_of(pm, head.loc(pm, node, head.low())?)?;
+            fewer = key_of(pm, loc)?.compare(pm, &first, head.skip)?.1;
+        }
+        pool.begin(pm, node)?;
+        if fewer < head.skip {
+            head.skip = fewer;
+            self.rewrite(pm, node, &head)?;
+        }
+        for index in (at..head.count).rev() {
+            let entry = head.entry(pm, node, index)?;
+            head.set(pm, node, index + 1, entry)?;
+        }
+        let prefix = prefix_of(pm, self.kind, loc, head.skip)?;
+        head.set(pm, node, at, Entry { prefix, loc, child })?;
+        head.count += 1;
+        // Now and then, see whether the keys have more in common by now.
+        if matches!(head.count, 4 | 16 | 32) {
+            let best = self.best_skip(pm, node, &head)?;
+            if best > head.skip {
+                head.skip = best;
+                self.rewrite(pm, node, &head)?;
+            }
+        }
+        head.write(pm, node)?;
+        pool.end(pm, node)
+    }
+
+    /// Splits the node at `depth` of the path; its parent has room.
+    fn split<P: Pmem>(
+        &mut self,
+        pm: &P,
+        pool: &mut Pool,
+        way: &Descent,
+        depth: usize,
+    ) -> Result<()> {
+        let (node, index) = self.step(way, depth)?;
+        let mut head = Head::read(pm, node)?;
+        if head.count < 2 || depth == 0 && self.height >= MAX_HEIGHT {
+            return Err(Error::Damaged);
+        }
+        // What comes in order fills nodes; what does not, halves them.
+        let last = index + usize::from(head.level != 0) >= head.count;
+        let mid = if last {
+            head.count - 1
+        } else {
+            head.count / 2
+        };
+        let right = pool.alloc(pm)?;
+        let mut right_head = Head {
+            count: head.count - mid,
+            level: head.level,
+            skip: 0,
+        };
+        let separator = head.loc(pm, node, mid)?;
+        pool.begin(pm, right)?;
+        for from in mid..head.count {
+            let mut entry = head.entry(pm, node, from)?;
+            if head.level != 0 && from == mid {
+                (entry.prefix, entry.loc) = (0, 0);
+            }
+            right_head.set(pm, right, from - mid, entry)?;
+        }
+        right_head.skip = self.best_skip(pm, right, &right_head)?;
+        self.rewrite(pm, right, &right_head)?;
+        right_head.write(pm, right)?;
+        pool.end(pm, right)?;
+
+        if let Some(above) = depth.checked_sub(1) {
+            let (parent, at) = self.step(way, above)?;
+            self.insert_entry(pm, pool, parent, at + 1, separator, right)?;
+        } else {
+            let root = pool.alloc(pm)?;
+            let root_head = Head {
+                count: 2,
+                level: head.level + 1,
+                skip: 0,
+            };
+            pool.begin(pm, root)?;
+            let entry = Entry {
+                prefix: 0,
+                loc: 0,
+                child: node,
+            };
+            root_head.set(pm, root, 0, entry)?;
+            let entry = Entry {
+                prefix: prefix_of(pm, self.kind, separator, 0)?,
+                loc: separator,
+                child: right,
+            };
+            root_head.set(pm, root, 1, entry)?;
+            root_head.write(pm, root)?;
+            pool.end(pm, root)?;
+            (self.root, self.height) = (root, self.height + 1);
+            self.publish(pm)?;
+        }
+
+        pool.begin(pm, node)?;
+        head.count = mid;
+        head.skip = self.best_skip(pm, node, &head)?;
+        self.rewrite(pm, node, &head)?;
+        head.write(pm, node)?;
+        pool.end(pm, node)
+    }
+
+    /// Inserts a record; returns the one that had its key before. The pool has
+    /// the nodes that [`reserve`](Self::reserve) asks for, so it cannot run out.
+    pub(super) fn insert<P: Pmem>(
+        &mut self,
+        pm: &P,
+        pool: &mut Pool,
+        key: &KeySrc<'_>,
+        loc: u64,
+    ) -> Result<Option<u64>> {
+        if self.height == 0 {
+            let root = pool.alloc(pm)?;
+            let head = Head {
+                count: 0,
+                level: 0,
+                skip: 0,
+            };
+            head.write(pm, root)?;
+            self.insert_entry(pm, pool, root, 0, loc, 0)?;
+            (self.root, self.height) = (root, 1);
+            self.publish(pm)?;
+            return Ok(None);
+        }
+        // Each turn but the last splits one node of the path.
+        for _ in 0..=MAX_HEIGHT {
+            let way = self.descend(pm, key)?;
+            let leaf = self.height - 1;
+            let (node, at) = self.step(&way, leaf)?;
+            if way.exact {
+                let old = Head::read(pm, node)?.loc(pm, node, at)?;
+                self.set_loc(pm, pool, node, at, loc)?;
+                if let Some(depth) = way.separator {
+                    let (node, at) = self.step(&way, depth)?;
+                    self.set_loc(pm, pool, node, at, loc)?;
+                }
+                return Ok(Some(old));
+            }
+            let mut full = None;
+            for depth in (0..=leaf).rev() {
+                let head = Head::read(pm, self.step(&way, depth)?.0)?;
+                if head.count < head.max() {
+                    break;
+                }
+                full = Some(depth);
+            }
+            match full {
+                Some(depth) => self.split(pm, pool, &way, depth)?,
+                None => {
+                    self.insert_entry(pm, pool, node, at, loc, 0)?;
+                    return Ok(None);
+                }
+            }
+        }
+        Err(Error::Damaged)
+    }
+
+    /// Another record with the same key takes an entry over.
+    fn set_loc<P: Pmem>(
+        &self,
+        pm: &P,
+        pool: &mut Pool,
+        node: u64,
+        at: usize,
+        loc: u64,
+    ) -> Result<()> {
+        let head = Head::read(pm, node)?;
+        let mut entry = head.entry(pm, node, at)?;
+        entry.loc = loc;
+        pool.begin(pm, node)?;
+        head.set(pm, node, at, entry)?;
+        pool.end(pm, node)
+    }
+
+    /// Another key takes over as separator.
+    fn set_separator<P: Pmem>(
+        &self,
+        pm: &P,
+        pool: &mut Pool,
+        node: u64,
+        at: usize,
+        loc: u64,
+    ) -> Result<()> {
+        let mut head = Head::read(pm, node)?;
+        let mut skip = 0;
+        if head.skip > 0 && head.count > 2 {
+            let other = if at == 1 { 2 } else { 1 };
+            let other = key_of(pm, head.loc(pm, node, other)?)?;
+            skip = key_of(pm, loc)?.compare(pm, &other, head.skip)?.1;
+        }
+        let mut entry = head.entry(pm, node, at)?;
+        pool.begin(pm, node)?;
+        entry.loc = loc;
+        entry.prefix = prefix_of(pm, self.kind, loc, skip)?;
+        head.set(pm, node, at, entry)?;
+        if skip != head.skip {
+            head.skip = skip;
+            self.rewrite(pm, node, &head)?;
+        }
+        head.write(pm, node)?;
+        pool.end(pm, node)
+    }
+
+    fn remove_entry<P: Pmem>(
+        &self,
+        pm: &P,
+        pool: &mut Pool,
+        node: u64,
+        at: usize,
+    ) -> Result<()> {
+        let mut head = Head::read(pm, node)?;
+        pool.begin(pm, node)?;
+        for index in at + 1..head.count {
+            let mut entry = head.entry(pm, node, index)?;
+            if head.level != 0 && index == 1 {
+                (entry.prefix, entry.loc) = (0, 0);
+            }
+            head.set(pm, node, index - 1, entry)?;
+        }
+        head.count = head.count.saturating_sub(1);
+        head.write(pm, node)?;
+        pool.end(pm, node)
+    }
+
+    /// Removes a key; returns its record.
+    pub(super) fn remove<P: Pmem, F: Frames>(
+        &mut self,
+        pm: &P,
+        frames: &F,
+        pool: &mut Pool,
+        key: &KeySrc<'_>,
+    ) -> Result<Option<u64>> {
+        if self.height == 0 {
+            return Ok(None);
+        }
+        let way = self.descend(pm, key)?;
+        if !way.exact {
+            return Ok(None);
+        }
+        let leaf = self.height - 1;
+        let (node, at) = self.step(&way, leaf)?;
+        let head = Head::read(pm, node)?;
+        let old = head.loc(pm, node, at)?;
+        // The lowest node of the path that keeps an entry.
+        let mut keep = leaf;
+        while Head::read(pm, self.step(&way, keep)?.0)?.count <= 1 {
+            let Some(above) = keep.checked_sub(1) else {
+                let height = core::mem::take(&mut self.height);
+                self.root = 0;
+                self.publish(pm)?;
+                for depth in 0..height {
+                    pool.free(pm, frames, self.step(&way, depth)?.0)?;
+                }
+                return Ok(Some(old));
+            };
+            keep = above;
+        }
+        let (node, at) = self.step(&way, keep)?;
+        let head = Head::read(pm, node)?;
+        if at == 0 {
+            // The record was the smallest below here: its successor takes over
+            // as separator, wherever it served as one.
+            if let Some(depth) = way.separator {
+                let next = head.loc(pm, node, 1)?;
+                let (above, index) = self.step(&way, depth)?;
+                self.set_separator(pm, pool, above, index, next)?;
+            }
+        }
+        self.remove_entry(pm, pool, node, at)?;
+        for depth in keep + 1..=leaf {
+            pool.free(pm, frames, self.step(&way, depth)?.0)?;
+        }
+        // A root with one child is none.
+        while self.height > 1 {
+            let head = Head::read(pm, self.root)?;
+            if head.count > 1 {
+                break;
+            }
+            let old_root = self.root;
+            self.root = head.child(pm, old_root, 0)?;
+            self.height -= 1;
+            self.publish(pm)?;
+            pool.free(pm, frames, old_root)?;
+        }
+        Ok(Some(old))
+    }
+}
+
+/// What to look for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Goal {
+    /// The key itself.
+    Exact,
+    /// The lowest key above it, or it itself.
+    Above { inclusive: bool },
+    /// The highest key below it, or it itself.
+    Below { inclusive: bool },
+    /// The highest key of all.
+    Last,
+}
+
+/// What was found, and what must not have changed for it to be true.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Found {
+    pub(super) loc: u64,
+    node: u64,
+    version: u64,
+}
+
+impl Found {
+    /// Whether the entry is still the tree's: what was read of its record before
+    /// this call was then a record's.
+    pub(super) fn still<P: Pmem>(&self, pm: &P) -> Result<bool> {
+        core::sync::atomic::fence(core::sync::atomic::Ordering::Acquire);
+        Ok(pm.load(self.node)? == self.version)
+    }
+}
+
+/// A node and the version that it must keep.
+#[derive(Clone, Copy)]
+struct Seen {
+    node: u64,
+    version: u64,
+}
+
+impl Seen {
+    /// Steps to a child: reads its version, then makes sure that it was still a
+    /// child.
+    fn child<P: Pmem>(&self, pm: &P, node: u64) -> Result<Option<Seen>> {
+        if !self.holds(pm)? {
+            return Ok(None);
+        }
+        let version = pm.load(node)?;
+        Ok((version & 1 == 0 && self.holds(pm)?).then_some(Seen { node, version }))
+    }
+
+    fn holds<P: Pmem>(&self, pm: &P) -> Result<bool> {
+        core::sync::atomic::fence(core::sync::atomic::Ordering::Acquire);
+        Ok(pm.load(self.node)? == self.version)
+    }
+
+    fn found(self, loc: u64) -> Option<Found> {
+        Some(Found {
+            loc,
+            node: self.node,
+            version: self.version,
+        })
+    }
+}
+
+/// One attempt of [`find`]; `None` if something changed meanwhile.
+fn attempt<P: Pmem>(
+    pm: &P,
+    kind: Kind,
+    at: u64,
+    key: &KeySrc<'_>,
+    goal: Goal,
+) -> Result<Option<Option<Found>>> {
+    let word = pm.load(at)?;
+    let height = (word >> 34 & 63) as usize;
+    if height == 0 {
+        return Ok(Some(None));
+    }
+    if height > MAX_HEIGHT {
+        return Err(Error::Damaged);
+    }
+    let node = (word & ((1 << 34) - 1)) << 10;
+    let version = pm.load(node)?;
+    if version & 1 != 0 || pm.load(at)? != word {
+        return Ok(None);
+    }
+    let mut seen = Seen { node, version };
+    // The next subtree's smallest record, and the subtree before, if any.
+    let mut next: Option<(Seen, u64)> = None;
+    let mut before: Option<(Seen, u64, usize)> = None;
+    for level in (0..height).rev() {
+        let node = seen.node;
+        let head = Head::read(pm, node)?;
+        if usize::from(head.level) != level {
+            return Ok(None);
+        }
+        let (place_at, exact) = if goal == Goal::Last {
+            (head.count, false)
+        } else {
+            let place = search(pm, kind, node, &head, key)?;
+            (place.at, place.exact)
+        };
+        if level > 0 {
+            let index = if exact {
+                place_at
+            } else {
+                place_at.saturating_sub(1)
+            };
+            if index + 1 < head.count {
+                next = Some((seen, head.loc(pm, node, index + 1)?));
+            }
+            if index > 0 {
+                before = Some((seen, head.child(pm, node, index - 1)?, level - 1));
+            }
+            let child = head.child(pm, node, index)?;
+            match seen.child(pm, child)? {
+                Some(child) => seen = child,
+                None => return Ok(None),
+            }
+            continue;
+        }
+        let index = match goal {
+            Goal::Exact if exact => Some(place_at),
+            Goal::Exact => return Ok(seen.holds(pm)?.then_some(None)),
+            Goal::Above { inclusive } => Some(place_at + usize::from(exact && !inclusive)),
+            Goal::Below { inclusive } => {
+                (place_at + usize::from(exact && inclusive)).checked_sub(1)
+            }
+            Goal::Last => head.count.checked_sub(1),
+        };
+        match index {
+            Some(index) if index < head.count => {
+                let loc = head.loc(pm, node, index)?;
+                return Ok(seen.holds(pm)?.then(|| seen.found(loc)));
+            }
+            Some(_) => {
+                if !seen.holds(pm)? {
+                    return Ok(None);
+                }
+                let Some((seen, loc)) = next else {
+                    return Ok(Some(None));
+                };
+                return Ok(seen.holds(pm)?.then(|| seen.found(loc)));
+            }
+            None => {
+                if !seen.holds(pm)? {
+                    return Ok(None);
+                }
+            }
+        }
+    }
+    // The key below is the last one of the subtree before.
+    let Some((parent, child, level)) = before else {
+        return Ok(Some(None));
+    };
+    let Some(mut seen) = parent.child(pm, child)? else {
+        return Ok(None);
+    };
+    for level in (0..=level).rev() {
+        let node = seen.node;
+        let head = Head::read(pm, node)?;
+        let Some(last) = head.count.checked_sub(1) else {
+            return Ok(None);
+        };
+        if usize::from(head.level) != level {
+            return Ok(None);
+        }
+        if level == 0 {
+            let loc = head.loc(pm, node, last)?;
+            return Ok(seen.holds(pm)?.then(|| seen.found(loc)));
+        }
+        match seen.child(pm, head.child(pm, node, last)?)? {
+            Some(child) => seen = child,
+            None => return Ok(None),
+        }
+    }
+    Ok(None)
+}
+
+/// Finds a key, or the next one to it, in the tree whose root word is at `at`.
+///
+/// Needs no lock. Begins anew when the writer was in the way, [`Error::Busy`]
+/// if that happens too often.
+pub(super) fn find<P: Pmem>(
+    pm: &P,
+    kind: Kind,
+    at: u64,
+    key: &KeySrc<'_>,
+    goal: Goal,
+) -> Result<Option<Found>> {
+    for _ in 0..TRIES {
+        // What makes no sense was being rewritten.
+        match attempt(pm, kind, at, key, goal) {
+            Ok(Some(found)) => return Ok(found),
+            Err(Error::Io) => return Err(Error::Io),
+            Ok(None) | Err(_) => core::hint::spin_loop(),
+        }
+    }
+    Err(Error::Busy)
+}
