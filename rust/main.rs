@@ -19,14 +19,32 @@
 //! | `store.rs` | a formatted region, attached |
 //! | `frame.rs` | frames of the data area and their references |
 //! | `head.rs` | the head area: volatile skb heads |
+//! | `page.rs` | struct pages of a run of frames, and their base references |
 //! | `region.rs` | the DAX memory of one device |
+//! | `vma.rs` | mappings in user space |
+//! | `lock.rs` | a spinlock that softirqs may take |
 //! | `core/` | format, log, index, commit, recovery: the same files as in user space |
 
 use kernel::prelude::*;
 
 mod bindings;
+mod control;
+mod device;
+mod frame;
+mod head;
+mod lock;
+mod page;
+#[path = "core/mod.rs"]
+mod pm;
+mod region;
+mod store;
+mod vma;
 
-struct Pmskb;
+#[pin_data]
+struct Pmskb {
+    #[pin]
+    control: control::Control,
+}
 
 module! {
     type: Pmskb,
@@ -36,8 +54,33 @@ module! {
     license: "GPL",
 }
 
-impl kernel::Module for Pmskb {
-    fn init(_module: &'static ThisModule) -> Result<Self> {
-        Ok(Pmskb)
+impl kernel::InPlaceModule for Pmskb {
+    fn init(_module: &'static ThisModule) -> impl PinInit<Self, Error> {
+        store::init();
+        device::init();
+        try_pin_init!(Self {
+            control <- control::Control::new(),
+            _: { control::attach_param() },
+        }? Error)
     }
+}
+
+/// The errno of an error of the core.
+fn errno(error: pm::Error) -> Error {
+    use kernel::bindings as c;
+    let number = match error {
+        pm::Error::NoSpace => c::ENOSPC,
+        pm::Error::Exists => c::EEXIST,
+        pm::Error::NotFound => c::ENOENT,
+        pm::Error::TooLong => c::ENAMETOOLONG,
+        pm::Error::TooBig => c::EFBIG,
+        pm::Error::TooSmall | pm::Error::Invalid => c::EINVAL,
+        pm::Error::Damaged => c::EUCLEAN,
+        pm::Error::Version => c::EOPNOTSUPP,
+        pm::Error::NotFormatted => c::EMEDIUMTYPE,
+        pm::Error::Busy => c::EBUSY,
+        pm::Error::Io => c::EIO,
+        pm::Error::ReadOnly => c::EROFS,
+    };
+    Error::from_errno(-(number as i32))
 }

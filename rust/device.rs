@@ -1,0 +1,487 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! `/dev/pmskbN`: a store, to map, to read, to splice, and to submit to.
+//!
+//! The file is the region, byte for byte, but for the head area: that reads as zeros and cannot
+//! be mapped, for it has kernel pointers. Nothing can be written through it.
+
+use crate::{
+    bindings as ext,
+    pm::{self, FrameState, Pmem},
+    region::PAGE,
+    store::Store,
+    vma::{self, Operations},
+};
+use core::ptr;
+use kernel::{
+    bindings,
+    error::{from_result, to_result},
+    ffi::{c_int, c_long, c_uint, c_ulong},
+    fs::LocalFile,
+    iov::IovIterDest,
+    prelude::*,
+    sync::{Arc, ArcBorrow},
+    transmute::AsBytes,
+    types::{ForeignOwnable, Opaque},
+    uaccess::{UserPtr, UserSlice},
+};
+
+/// Bytes that one page table entry of the second level maps.
+const HUGE: usize = 2 << 20;
+
+/// The device of a store.
+///
+/// # Invariants
+///
+/// `raw.misc` is registered from [`Node::new`] until this is dropped.
+#[pin_data(PinnedDrop)]
+#[repr(C)]
+pub(crate) struct Node {
+    /// First, so that a pointer to it (or to its first field, `misc`) is one to the node.
+    #[pin]
+    raw: Opaque<ext::pmskb_node>,
+    store: Arc<Store>,
+}
+
+// SAFETY: `raw` is only read after it was registered, but by the misc device's own code.
+unsafe impl Send for Node {}
+// SAFETY: As above.
+unsafe impl Sync for Node {}
+
+impl Node {
+    /// Makes `/dev/pmskbN`, readable and writable by root and its group. Process context.
+    pub(crate) fn new(store: Arc<Store>) -> impl PinInit<Self, Error> {
+        let minor = store.minor();
+        let (uuid, label) = (*store.uuid(), *store.label());
+        // The store first: the device may be opened before `misc_register()` returns.
+        try_pin_init!(Self {
+            store,
+            raw <- Opaque::try_ffi_init(move |slot: *mut ext::pmskb_node| {
+                let mut node = ext::pmskb_node {
+                    uuid,
+                    ..Default::default()
+                };
+                // The NUL after each is there from the start.
+                for (to, from) in node.label.iter_mut().zip(&label) {
+                    *to = *from as _;
+                }
+                let mut digits = [0u8; 10];
+                for (to, from) in node.name.iter_mut().zip(name(minor, &mut digits)) {
+                    *to = from as _;
+                }
+                node.misc = bindings::miscdevice {
+                    minor: bindings::MISC_DYNAMIC_MINOR as c_int,
+                    fops: &FOPS.0,
+                    // SAFETY: No requirements.
+                    groups: unsafe { ext::pmskb_node_groups() },
+                    mode: 0o660,
+                    ..Default::default()
+                };
+                // SAFETY: The slot is valid for writes, and pinned. The name lives in it.
+                unsafe {
+                    slot.write(node);
+                    (*slot).misc.name = ptr::addr_of!((*slot).name).cast();
+                    to_result(bindings::misc_register(ptr::addr_of_mut!((*slot).misc)))
+                }
+            }),
+        }? Error)
+    }
+}
+
+kernel::sync::global_lock! {
+    // SAFETY: Initialised by `init()`, at module init, before anything else here.
+    /// All nodes. Held for a moment, under `ADMIN`.
+    unsafe(uninit) static NODES: Mutex<KVec<Pin<KBox<Node>>>> = KVec::new();
+}
+
+/// To be called once, at module init.
+pub(crate) fn init() {
+    // SAFETY: Called once, says the comment.
+    unsafe { NODES.init() };
+}
+
+/// Makes the device of a store. Process context.
+pub(crate) fn publish(store: &Arc<Store>) -> Result {
+    let node = KBox::pin_init(Node::new(store.clone()), GFP_KERNEL)?;
+    NODES.lock().push(node, GFP_KERNEL)?;
+    Ok(())
+}
+
+/// Removes the device of a store. Process context.
+pub(crate) fn unpublish(store: &Arc<Store>) {
+    let node = {
+        let mut nodes = NODES.lock();
+        let at = nodes.iter().position(|node| Arc::ptr_eq(&node.store, store));
+        at.and_then(|at| nodes.remove(at).ok())
+    };
+    // Without the lock: this waits for who reads its attributes.
+    drop(node);
+}
+
+/// `pmskbN`, in bytes.
+fn name(minor: u32, digits: &mut [u8; 10]) -> impl Iterator<Item = u8> + '_ {
+    let mut left = minor;
+    let mut nr = 0;
+    for slot in digits.iter_mut() {
+        *slot = b'0' + (left % 10) as u8;
+        left /= 10;
+        nr += 1;
+        if left == 0 {
+            break;
+        }
+    }
+    let digits = digits.iter().take(nr).rev();
+    Iterator::chain(b"pmskb".iter(), digits).copied()
+}
+
+#[pinned_drop]
+impl PinnedDrop for Node {
+    fn drop(self: Pin<&mut Self>) {
+        // SAFETY: Registered, by the type invariant.
+        unsafe { bindings::misc_deregister(ptr::addr_of_mut!((*self.raw.get()).misc)) };
+    }
+}
+
+static FOPS: Operations<bindings::file_operations> = Operations(bindings::file_operations {
+    owner: crate::THIS_MODULE.as_ptr(),
+    llseek: Some(llseek),
+    read_iter: Some(read_iter),
+    splice_read: Some(splice_read),
+    mmap: Some(mmap),
+    get_unmapped_area: Some(ext::thp_get_unmapped_area),
+    open: Some(open),
+    release: Some(release),
+    unlocked_ioctl: Some(ioctl),
+    compat_ioctl: bindings::compat_ptr_ioctl,
+    ..pin_init::zeroed()
+});
+
+static VM_OPS: Operations<bindings::vm_operations_struct> =
+    Operations(bindings::vm_operations_struct {
+        fault: Some(fault),
+        huge_fault: Some(huge_fault),
+        ..pin_init::zeroed()
+    });
+
+/// The store that a file is open on, if it is one of these. Any context.
+pub(crate) fn store_of(file: &LocalFile) -> Option<Arc<Store>> {
+    // SAFETY: `file` is open, so it has operations.
+    let ours = unsafe { ptr::eq((*file.as_ptr()).f_op, &FOPS.0) };
+    // SAFETY: With our operations, the file was opened by `open()`.
+    ours.then(|| unsafe { store(file.as_ptr()) }.into())
+}
+
+/// The store of an open file.
+///
+/// # Safety
+///
+/// `file` was opened by [`open`], and is not closed for the life of the result.
+unsafe fn store<'a>(file: *mut bindings::file) -> ArcBorrow<'a, Store> {
+    // SAFETY: `open()` put it there, and `release()` has not taken it.
+    unsafe { <Arc<Store> as ForeignOwnable>::borrow((*file).private_data) }
+}
+
+unsafe extern "C" fn open(_inode: *mut bindings::inode, file: *mut bindings::file) -> c_int {
+    from_result(|| {
+        // SAFETY: `misc_open()` leaves the misc device there, which cannot be unregistered
+        // before this returns; it is at the start of a node.
+        let node = unsafe { &*(*file).private_data.cast::<Node>() };
+        let store = node.store.clone();
+        store.file_opened()?;
+        // SAFETY: The file is being opened, and counted, so that the store outlives it.
+        unsafe { store.mappings().adopt(file) };
+        // SAFETY: Private data belongs to us.
+        unsafe { (*file).private_data = store.into_foreign() };
+        Ok(0)
+    })
+}
+
+unsafe extern "C" fn release(_inode: *mut bindings::inode, file: *mut bindings::file) -> c_int {
+    // SAFETY: Put there by `open()`; this is its end.
+    let store = unsafe { <Arc<Store> as ForeignOwnable>::from_foreign((*file).private_data) };
+    store.file_closed();
+    0
+}
+
+unsafe extern "C" fn llseek(file: *mut bindings::file, off: i64, whence: c_int) -> i64 {
+    // SAFETY: An open file of ours.
+    let len = unsafe { store(file) }.geometry().region_len;
+    // SAFETY: As above.
+    unsafe { bindings::fixed_size_llseek(file, off, whence, len as i64) }
+}
+
+/// What a part of the file is.
+enum Part {
+    /// Reads as zeros.
+    Head,
+    /// Of no frame: superblocks, map, live page.
+    Meta,
+    /// In a frame of the data area.
+    Data(pm::Frame),
+    /// In a frame with a media error.
+    Bad,
+}
+
+/// What is at `off`, and how many of `len` bytes from there are of one kind, up to a page.
+fn part(store: &Store, off: u64, len: u64) -> Option<(Part, usize)> {
+    let geo = store.geometry();
+    if off >= geo.region_len {
+        return None;
+    }
+    let page = PAGE as u64;
+    let len = len.min(page - off % page).min(geo.region_len - off) as usize;
+    let number = u32::try_from(off / page).ok()?;
+    if off >= geo.head_off && off - geo.head_off < geo.head_len {
+        return Some((Part::Head, len));
+    }
+    let what = match store.frames().frame_at(off) {
+        Some((frame, _)) => match store.frames().state(frame) {
+            Some((FrameState::Bad, _)) => Part::Bad,
+            _ => Part::Data(frame),
+        },
+        None if store.region().is_bad(number) => Part::Bad,
+        None => Part::Meta,
+    };
+    Some((what, len))
+}
+
+unsafe extern "C" fn read_iter(
+    kiocb: *mut bindings::kiocb,
+    iter: *mut bindings::iov_iter,
+) -> isize {
+    // SAFETY: A read of an open file of ours; both pointers are ours for the call.
+    let (store, kiocb, iter) =
+        unsafe { (store((*kiocb).ki_filp), &mut *kiocb, IovIterDest::from_raw(iter)) };
+    let mut done = 0usize;
+    let result = (|| {
+        while !iter.is_empty() {
+            // SAFETY: May be called anywhere.
+            if done != 0 && unsafe { ext::pmskb_signal_pending() } {
+                break;
+            }
+            let _entered = store.enter()?;
+            let off = u64::try_from(kiocb.ki_pos).map_err(|_| EINVAL)?;
+            let Some((part, len)) = part(&store, off, iter.len() as u64) else {
+                break;
+            };
+            let copied = match part {
+                Part::Bad => return Err(EIO),
+                // SAFETY: `iter` is valid.
+                Part::Head => unsafe { bindings::iov_iter_zero(len, iter.as_raw()) },
+                Part::Meta | Part::Data(_) => {
+                    let addr = store.region().addr(off as usize).ok_or(EINVAL)?;
+                    // SAFETY: `len` bytes are in one page, which is mapped while we are inside.
+                    // A machine check ends the copy early.
+                    unsafe { ext::_copy_mc_to_iter(addr.as_ptr().cast(), len, iter.as_raw()) }
+                }
+            };
+            done += copied;
+            kiocb.ki_pos += copied as i64;
+            if copied < len {
+                // Either the source cannot be read or the destination not be written.
+                let next = off.saturating_add(copied as u64);
+                return match store.region().read(next, &mut [0; 1]) {
+                    Err(_) => Err(EIO),
+                    Ok(()) => Err(EFAULT),
+                };
+            }
+        }
+        Ok(())
+    })();
+    match result {
+        Err(e) if done == 0 => e.to_errno() as isize,
+        _ => done as isize,
+    }
+}
+
+unsafe extern "C" fn splice_read(
+    file: *mut bindings::file,
+    ppos: *mut i64,
+    pipe: *mut bindings::pipe_inode_info,
+    len: usize,
+    flags: c_uint,
+) -> isize {
+    // SAFETY: An open file of ours, and a position that is the caller's for the call.
+    let (store, pos) = unsafe { (store(file), &mut *ppos) };
+    let mut done = 0usize;
+    let result = (|| {
+        // SAFETY: The caller holds the pipe's mutex.
+        let mut room = unsafe { ext::pmskb_pipe_room(pipe.cast()) };
+        while done < len && room > 0 {
+            let _entered = store.enter()?;
+            let off = u64::try_from(*pos).map_err(|_| EINVAL)?;
+            let Some((part, nr)) = part(&store, off, (len - done) as u64) else {
+                break;
+            };
+            let frame = match part {
+                Part::Bad => return Err(EIO),
+                Part::Data(frame) => frame,
+                // Not for long in one place: copied.
+                Part::Head | Part::Meta => {
+                    if done > 0 {
+                        break;
+                    }
+                    // SAFETY: As we were called, for the rest of the page.
+                    let ret = unsafe { bindings::copy_splice_read(file, pos, pipe, nr, flags) };
+                    if ret < 0 {
+                        return Err(Error::from_errno(ret as i32));
+                    }
+                    done += ret as usize;
+                    break;
+                }
+            };
+            let page = store.frames().get_page(frame).ok_or(EIO)?;
+            // SAFETY: The reference goes with the page, whatever the answer.
+            let ret = unsafe {
+                ext::pmskb_splice_page(
+                    pipe.cast(),
+                    page.as_ptr(),
+                    (off % PAGE as u64) as c_uint,
+                    nr as c_uint,
+                )
+            };
+            if ret < 0 {
+                return Err(Error::from_errno(ret as i32));
+            }
+            room -= 1;
+            done += nr;
+            *pos += nr as i64;
+        }
+        Ok(())
+    })();
+    match result {
+        Err(e) if done == 0 => e.to_errno() as isize,
+        _ => done as isize,
+    }
+}
+
+unsafe extern "C" fn mmap(file: *mut bindings::file, vma: *mut bindings::vm_area_struct) -> c_int {
+    from_result(|| {
+        // SAFETY: An open file of ours.
+        let store = unsafe { store(file) };
+        let _entered = store.enter()?;
+        // SAFETY: `vma` is being set up.
+        unsafe { vma::make_readonly(vma)? };
+        // SAFETY: As above. The file, which the mapping keeps open, keeps the store.
+        unsafe { (*vma).vm_ops = &VM_OPS.0 };
+        Ok(0)
+    })
+}
+
+/// The page frame of page `pgoff` of a store, if `nr` pages from there may be mapped.
+fn mappable(store: &Store, pgoff: u64, nr: u64) -> Option<usize> {
+    let geo = store.geometry();
+    let off = pgoff.checked_mul(PAGE as u64)?;
+    let end = off.checked_add(nr.checked_mul(PAGE as u64)?)?;
+    let head_end = geo.head_off.checked_add(geo.head_len)?;
+    if end > geo.region_len || (off < head_end && end > geo.head_off) {
+        return None;
+    }
+    store.region().pfn().checked_add(pgoff as usize)
+}
+
+/// A page's fault: the page, or a machine check to come, or SIGBUS.
+unsafe extern "C" fn fault(vmf: *mut bindings::vm_fault) -> bindings::vm_fault_t {
+    // SAFETY: A fault of one of our mappings, whose file is open.
+    let (store, pgoff) = unsafe {
+        let at = (*vmf).__bindgen_anon_1;
+        (store((*at.vma).vm_file), at.pgoff)
+    };
+    let Ok(_entered) = store.enter() else {
+        return bindings::vm_fault_reason_VM_FAULT_SIGBUS;
+    };
+    match mappable(&store, pgoff as u64, 1) {
+        // SAFETY: Inside, the page exists, and removal zaps after all are outside.
+        Some(pfn) if !is_bad(&store, pgoff as u64) => unsafe { vma::insert(vmf, pfn) },
+        _ => bindings::vm_fault_reason_VM_FAULT_SIGBUS,
+    }
+}
+
+fn is_bad(store: &Store, pgoff: u64) -> bool {
+    matches!(
+        part(store, pgoff.saturating_mul(PAGE as u64), 1),
+        None | Some((Part::Bad, _))
+    )
+}
+
+/// 2 MiB at once, where offset and memory are aligned to that and all of it is data.
+unsafe extern "C" fn huge_fault(
+    vmf: *mut bindings::vm_fault,
+    order: c_uint,
+) -> bindings::vm_fault_t {
+    let fallback = bindings::vm_fault_reason_VM_FAULT_FALLBACK;
+    let pages = HUGE / PAGE;
+    if 1usize.checked_shl(order) != Some(pages) {
+        return fallback;
+    }
+    // SAFETY: A fault of one of our mappings, whose file is open.
+    let (store, pgoff, address, start, end) = unsafe {
+        let at = (*vmf).__bindgen_anon_1;
+        let range = (*at.vma).__bindgen_anon_1.__bindgen_anon_1;
+        let store = store((*at.vma).vm_file);
+        (store, at.pgoff, at.address, range.vm_start, range.vm_end)
+    };
+    let (base, within) = (address & !(HUGE - 1), (address & (HUGE - 1)) / PAGE);
+    let Some(first) = (pgoff as usize).checked_sub(within) else {
+        return fallback;
+    };
+    if base < start || base.checked_add(HUGE).is_none_or(|e| e > end) {
+        return fallback;
+    }
+    let Ok(_entered) = store.enter() else {
+        return bindings::vm_fault_reason_VM_FAULT_SIGBUS;
+    };
+    let geo = store.geometry();
+    let off = (first as u64).saturating_mul(PAGE as u64);
+    let data = off >= geo.data_off && off.saturating_add(HUGE as u64) <= geo.data_end();
+    match mappable(&store, first as u64, pages as u64) {
+        // With a bad page anywhere, page by page.
+        // SAFETY: As in `fault()`; aligned.
+        Some(pfn) if data && pfn % pages == 0 && store.frames().counts().bad == 0 => unsafe {
+            vma::insert_huge(vmf, pfn)
+        },
+        _ => fallback,
+    }
+}
+
+unsafe extern "C" fn ioctl(file: *mut bindings::file, cmd: c_uint, arg: c_ulong) -> c_long {
+    from_result(|| {
+        // SAFETY: An open file of ours.
+        let store: Arc<Store> = unsafe { store(file) }.into();
+        // SAFETY: As above.
+        let writable = unsafe { ext::pmskb_file_mode_has(file, true) };
+        match cmd {
+            ext::pmskb_cmd_PMSKB_CMD_INFO => {
+                let info = Plain(store.info()?);
+                let size = core::mem::size_of_val(&info);
+                let mut to = UserSlice::new(UserPtr::from_addr(arg), size).writer();
+                to.write(&info)?;
+                Ok(0)
+            }
+            ext::pmskb_cmd_PMSKB_CMD_ATTACH_SOCKET | ext::pmskb_cmd_PMSKB_CMD_SUBMIT if !writable => Err(EACCES),
+            ext::pmskb_cmd_PMSKB_CMD_ATTACH_SOCKET => {
+                let fd = UserSlice::new(UserPtr::from_addr(arg), 4).reader().read()?;
+                attach_socket(store, fd)
+            }
+            ext::pmskb_cmd_PMSKB_CMD_SUBMIT => submit(store, UserPtr::from_addr(arg)),
+            _ => Err(ENOTTY),
+        }
+    })
+}
+
+/// `PMSKB_IOC_ATTACH_SOCKET`.
+fn attach_socket(_store: Arc<Store>, _fd: i32) -> Result<c_long> {
+    Err(ENOTTY)
+}
+
+/// `PMSKB_IOC_SUBMIT`.
+fn submit(_store: Arc<Store>, _arg: UserPtr) -> Result<c_long> {
+    Err(ENOTTY)
+}
+
+/// A structure of the interface: integers without padding.
+#[repr(transparent)]
+pub(crate) struct Plain<T>(pub(crate) T);
+
+// SAFETY: Sizes in `uapi/linux/pmskb.h` are such that there is no padding (checked there).
+unsafe impl AsBytes for Plain<ext::pmskb_store_info> {}

@@ -1,0 +1,219 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Frames of the data area: who needs them, and who still looks at their pages.
+//!
+//! Two counts decide what becomes of a frame. Its *holds* are ours: the socket that fills it,
+//! tokens, records. Its page's *references* are the network stack's. The core's `FrameTable`
+//! counts the holds; when the last one goes, a frame stays in limbo until its page is idle, which
+//! nothing signals.
+//!
+//! Lock order: the table's lock is innermost but for what the idle hook takes. It is held for a
+//! bounded time, with bottom halves disabled.
+
+use crate::{
+    lock::{self, SpinLockBh},
+    page::Pages,
+    pm::{self, Counts, FrameState, FrameTable},
+    region::{Region, PAGE},
+};
+use core::ptr::NonNull;
+use kernel::{
+    bindings, c_str,
+    prelude::*,
+    static_lock_class,
+    sync::{
+        atomic::{Atomic, Relaxed},
+        Arc, SetOnce,
+    },
+};
+
+pub(crate) use crate::pm::Frame;
+
+/// What is called when a frame leaves limbo. See [`set_idle_hook`].
+static IDLE_HOOK: SetOnce<fn(&FrameArea, Frame)> = SetOnce::new();
+
+/// Sets what is called each time that reclaim finds a frame idle, whether it becomes free or
+/// stays held, and for each frame at detach: nobody looks at its page any more, and its notes can
+/// go. Any context, under the table's lock: it must not call back into [`FrameArea`] but for
+/// [`FrameArea::note`]. At module init, once.
+pub(crate) fn set_idle_hook(hook: fn(&FrameArea, Frame)) {
+    IDLE_HOOK.populate(hook);
+}
+
+/// The frames of a store's data area.
+#[pin_data]
+pub(crate) struct FrameArea {
+    first: u32,
+    /// Before `pages` in the order of drops: it does not touch pages.
+    #[pin]
+    table: SpinLockBh<FrameTable<KVVec<u64>>>,
+    notes: KVVec<Atomic<usize>>,
+    pages: Pages,
+}
+
+impl FrameArea {
+    /// All frames free, each page with its base reference; bad ones never given out.
+    ///
+    /// Process context. Errors: those of [`Pages::new`], `ENOMEM`.
+    pub(crate) fn new(region: &Arc<Region>, first: Frame, count: u32) -> Result<Arc<Self>> {
+        let words = FrameTable::<KVVec<u64>>::words(count);
+        let buf = KVVec::from_elem(0u64, words, GFP_KERNEL)?;
+        let mut table = FrameTable::new(buf, first, count).map_err(crate::errno)?;
+        for bad in region.bad_pages() {
+            // Those outside the data area are not ours.
+            let _ = table.mark_bad(Frame(*bad));
+        }
+        let mut notes = KVVec::with_capacity(count as usize, GFP_KERNEL)?;
+        for _ in 0..count {
+            notes.push(Atomic::new(0), GFP_KERNEL)?;
+        }
+        let pages = Pages::new(region.clone(), first.0, count)?;
+        Arc::pin_init(
+            pin_init!(Self {
+                first: first.0,
+                table <- lock::new(table, c_str!("pmskb_frames"), static_lock_class!()),
+                notes,
+                pages,
+            }),
+            GFP_KERNEL,
+        )
+    }
+
+    fn index(&self, frame: Frame) -> Option<u32> {
+        let at = frame.0.checked_sub(self.first)?;
+        (at < self.pages.count()).then_some(at)
+    }
+
+    fn idle(&self, frame: Frame) -> bool {
+        self.index(frame).is_some_and(|at| {
+            self.pages.if_idle(at, || {
+                if let Some(hook) = IDLE_HOOK.as_ref() {
+                    hook(self, frame);
+                }
+            })
+        })
+    }
+
+    /// A free frame, Owned, with one hold: the one after `near` if that is free. None when the
+    /// store is full. Any context but hard interrupts.
+    pub(crate) fn alloc(&self, near: Option<Frame>) -> Option<Frame> {
+        self.table.lock().alloc(near, |frame| self.idle(frame))
+    }
+
+    /// One more hold. Any context but hard interrupts. `EINVAL` if the frame is free or not of
+    /// this store.
+    pub(crate) fn hold(&self, frame: Frame) -> Result {
+        self.table.lock().hold(frame).map_err(crate::errno)
+    }
+
+    /// One hold less; how many are left. With the last, the frame enters limbo. Any context but
+    /// hard interrupts. `EINVAL` if there was none.
+    pub(crate) fn unhold(&self, frame: Frame) -> Result<u32> {
+        self.table.lock().unhold(frame).map_err(crate::errno)
+    }
+
+    /// State and holds of a frame of this store. Any context but hard interrupts.
+    pub(crate) fn state(&self, frame: Frame) -> Option<(FrameState, u32)> {
+        self.table.lock().state(frame)
+    }
+
+    /// Looks at up to `budget` frames of limbo; how many became free.
+    pub(crate) fn reclaim(&self, budget: u32) -> u32 {
+        self.table.lock().reclaim(budget, |frame| self.idle(frame))
+    }
+
+    /// The frame is never given out again.
+    pub(crate) fn mark_bad(&self, frame: Frame) {
+        let _ = self.table.lock().mark_bad(frame);
+    }
+
+    /// Frames by state.
+    pub(crate) fn counts(&self) -> Counts {
+        self.table.lock().counts()
+    }
+
+    /// The frame that a page is, if it is one of this store's. Any context.
+    pub(crate) fn frame_of(&self, page: *const bindings::page) -> Option<Frame> {
+        let at = self.pages.index_of(page)?;
+        self.first.checked_add(at).map(Frame)
+    }
+
+    /// The page of a frame. Any context. Follow it only while the store is live, or with a
+    /// reference.
+    pub(crate) fn page(&self, frame: Frame) -> Option<NonNull<bindings::page>> {
+        self.pages.page(self.index(frame)?)
+    }
+
+    /// Where a frame is mapped in the kernel, [`PAGE`] bytes. Any context. As [`Self::page`].
+    pub(crate) fn addr(&self, frame: Frame) -> Option<NonNull<u8>> {
+        self.pages.addr(self.index(frame)?)
+    }
+
+    /// Byte offset of a frame in the region.
+    pub(crate) fn offset(&self, frame: Frame) -> u64 {
+        frame.off()
+    }
+
+    /// The frame that has the byte at `offset` of the region, and where in it.
+    pub(crate) fn frame_at(&self, offset: u64) -> Option<(Frame, usize)> {
+        let frame = Frame::of(offset)?;
+        self.index(frame)?;
+        Some((frame, (offset % PAGE as u64) as usize))
+    }
+
+    /// Takes a reference on a frame's page, as an skb's fragment or a pipe's buffer has one.
+    /// Whoever has it puts it as any page's. Any context; the store must be live
+    /// (`Store::is_live()` under RCU, or `Store::enter()`).
+    pub(crate) fn get_page(&self, frame: Frame) -> Option<NonNull<bindings::page>> {
+        self.pages.get(self.index(frame)?)
+    }
+
+    /// References on a frame's page over the base reference.
+    pub(crate) fn users(&self, frame: Frame) -> u32 {
+        self.index(frame).map_or(0, |at| self.pages.users(at))
+    }
+
+    /// A word for each frame that belongs to `note.rs`. Zero at attach. Any context.
+    pub(crate) fn note(&self, frame: Frame) -> Option<&Atomic<usize>> {
+        self.notes.get(self.index(frame)? as usize)
+    }
+
+    /// Frames whose page somebody uses. Process context.
+    pub(crate) fn busy(&self) -> u32 {
+        self.pages.busy()
+    }
+
+    /// Drops all base references if all frames are idle; else how many are not. Process context;
+    /// nobody may be taking new references.
+    pub(crate) fn release(&self) -> Result<(), u32> {
+        let table = self.table.lock();
+        self.pages.release()?;
+        if let Some(hook) = IDLE_HOOK.as_ref() {
+            for at in 0..self.pages.count() {
+                if self.notes.get(at as usize).is_some_and(|n| n.load(Relaxed) != 0) {
+                    hook(self, Frame(self.first + at));
+                }
+            }
+        }
+        drop(table);
+        Ok(())
+    }
+}
+
+impl pm::Frames for Arc<FrameArea> {
+    fn alloc(&self) -> Option<Frame> {
+        FrameArea::alloc(self, None)
+    }
+
+    fn hold(&self, frame: Frame) -> pm::Result<()> {
+        self.table.lock().hold(frame)
+    }
+
+    fn unhold(&self, frame: Frame) -> pm::Result<u32> {
+        self.table.lock().unhold(frame)
+    }
+
+    fn claim(&self, frame: Frame) -> pm::Result<()> {
+        self.table.lock().claim(frame)
+    }
+}

@@ -1,0 +1,174 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The struct pages of a run of frames, and their base references.
+//!
+//! A DAX page that nobody uses has a reference count of 0. While a region is attached, each page
+//! of its head and data areas has a base reference more: the network stack takes and puts
+//! references on top of it as on any page, and what it puts last never brings the count to 0,
+//! where `page_frag_free()` would hand a page of persistent memory to the buddy allocator. A page
+//! whose count is 1 is idle: nobody but us can see it.
+
+use crate::{bindings as ext, region::Region};
+use core::ptr::NonNull;
+use kernel::{
+    bindings,
+    prelude::*,
+    sync::{
+        atomic::{AtomicFlag, Relaxed},
+        Arc,
+    },
+};
+
+/// A run of pages, each with its base reference.
+///
+/// # Invariants
+///
+/// - Pages `first..first + count` are in the region.
+/// - While `based` is set, the struct pages exist and each has its base reference.
+pub(crate) struct Pages {
+    region: Arc<Region>,
+    first: u32,
+    count: u32,
+    based: AtomicFlag,
+}
+
+impl Pages {
+    /// Takes the base references. Process context.
+    ///
+    /// Errors: `EINVAL` if the pages are not in the region, `EADDRINUSE` if somebody uses one of
+    /// them, or it is part of a larger one.
+    pub(crate) fn new(region: Arc<Region>, first: u32, count: u32) -> Result<Self> {
+        let end = first.checked_add(count).ok_or(EINVAL)?;
+        if end as usize > region.pages() {
+            return Err(EINVAL);
+        }
+        let pages = Self {
+            region,
+            first,
+            count,
+            based: AtomicFlag::new(false),
+        };
+        for at in 0..count {
+            let page = pages.raw(at);
+            // SAFETY: The region is claimed and its driver bound, so it has struct pages.
+            if !unsafe { ext::pmskb_page_is_idle_dax(page) } {
+                for done in 0..at {
+                    // SAFETY: As above; it was set to 1 by us just now.
+                    unsafe { ext::pmskb_page_ref_set(pages.raw(done), 0) };
+                }
+                return Err(Error::from_errno(-(bindings::EADDRINUSE as i32)));
+            }
+            // SAFETY: As above; with a count of 0 it is nobody's, and the region is ours.
+            unsafe { ext::pmskb_page_ref_set(page, 1) };
+        }
+        // INVARIANT: All pages have their base reference.
+        pages.based.store(true, Relaxed);
+        Ok(pages)
+    }
+
+    /// Address of a struct page; follow it only while `based` is set.
+    fn raw(&self, at: u32) -> *mut bindings::page {
+        let pfn = self.region.pfn() + self.first as usize + at as usize;
+        // SAFETY: Arithmetic.
+        unsafe { ext::pmskb_pfn_to_page(pfn) }
+    }
+
+    /// How many there are.
+    pub(crate) fn count(&self) -> u32 {
+        self.count
+    }
+
+    /// The page of number `at`; none if out of range. Any context.
+    pub(crate) fn page(&self, at: u32) -> Option<NonNull<bindings::page>> {
+        (at < self.count).then(|| NonNull::new(self.raw(at)))?
+    }
+
+    /// Which of these a page is. Any context.
+    pub(crate) fn index_of(&self, page: *const bindings::page) -> Option<u32> {
+        // SAFETY: Arithmetic: pages are found in one virtual array (SPARSEMEM_VMEMMAP, on which
+        // ZONE_DEVICE depends).
+        let pfn = unsafe { ext::pmskb_page_to_pfn(page) };
+        let at = pfn.checked_sub(self.region.pfn() + self.first as usize)?;
+        u32::try_from(at).ok().filter(|at| *at < self.count)
+    }
+
+    /// Where a page is mapped. Any context.
+    pub(crate) fn addr(&self, at: u32) -> Option<NonNull<u8>> {
+        (at < self.count).then(|| {
+            self.region
+                .addr((self.first as usize + at as usize) * crate::region::PAGE)
+        })?
+    }
+
+    /// References on a page over the base reference; 0 if it is not one of these.
+    pub(crate) fn users(&self, at: u32) -> u32 {
+        match self.page(at) {
+            // SAFETY: `based` is set, so the struct page exists.
+            Some(page) if self.based.load(Relaxed) => {
+                (unsafe { ext::pmskb_page_ref_count(page.as_ptr()) }).saturating_sub(1) as u32
+            }
+            _ => 0,
+        }
+    }
+
+    /// Whether nobody but us can see a page; then runs `then` while nobody can take a reference.
+    /// Any context; must not race with [`Pages::release`].
+    pub(crate) fn if_idle(&self, at: u32, then: impl FnOnce()) -> bool {
+        let Some(page) = self.page(at).filter(|_| self.based.load(Relaxed)) else {
+            return false;
+        };
+        // SAFETY: The struct page exists.
+        if !unsafe { ext::pmskb_page_ref_freeze(page.as_ptr(), 1) } {
+            return false;
+        }
+        then();
+        // SAFETY: Frozen above, by us.
+        unsafe { ext::pmskb_page_ref_unfreeze(page.as_ptr(), 1) };
+        true
+    }
+
+    /// Takes a reference on a page, for a fragment of an skb, a head, or a pipe. Any context.
+    ///
+    /// The caller knows that the store is live, or has a reference already.
+    pub(crate) fn get(&self, at: u32) -> Option<NonNull<bindings::page>> {
+        let page = self.page(at).filter(|_| self.based.load(Relaxed))?;
+        // SAFETY: The struct page exists and has at least its base reference.
+        unsafe { ext::pmskb_page_get(page.as_ptr()) };
+        Some(page)
+    }
+
+    /// Pages that somebody uses.
+    pub(crate) fn busy(&self) -> u32 {
+        (0..self.count).filter(|at| self.users(*at) > 0).count() as u32
+    }
+
+    /// Drops the base references, if all pages are idle; else how many are not. Process context.
+    /// The caller sees to it that nobody takes new ones.
+    pub(crate) fn release(&self) -> Result<(), u32> {
+        if !self.based.load(Relaxed) {
+            return Ok(());
+        }
+        for at in 0..self.count {
+            // SAFETY: `based` is set, so the struct page exists.
+            if !unsafe { ext::pmskb_page_ref_freeze(self.raw(at), 1) } {
+                for done in 0..at {
+                    // SAFETY: Frozen above, by us.
+                    unsafe { ext::pmskb_page_ref_unfreeze(self.raw(done), 1) };
+                }
+                return Err(self.busy().max(1));
+            }
+        }
+        // Frozen is what an unused DAX page is: its count is 0.
+        self.based.store(false, Relaxed);
+        Ok(())
+    }
+}
+
+impl Drop for Pages {
+    fn drop(&mut self) {
+        if let Err(busy) = self.release() {
+            // Nothing that we could do: whoever holds them keeps a page that will be reused.
+            pr_err!("{busy} pages still referenced\n");
+        }
+    }
+}
