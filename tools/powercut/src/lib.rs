@@ -1,0 +1,24 @@
+// SPDX-License-Identifier: GPL-2.0-only
+//! A power cut for QEMU's NVDIMM.
+//!
+//! Killing a virtual machine loses no store that the guest executed, so it
+//! proves little about persistence. This TCG plugin watches cache-line
+//! write-backs, fences and non-temporal stores and, at the cut, writes the image
+//! that the persistent memory would hold had it kept only what was made durable.
+//!
+//! [`model`], [`decode`], [`paging`], [`args`] and [`stats`] are pure and are
+//! tested on the host; [`region`] and [`image`] touch the backing file; [`qemu`]
+//! and [`plugin`] are the only modules that talk to QEMU.
+
+#![deny(unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks)]
+#![warn(missing_docs)]
+
+pub mod args;
+pub mod decode;
+pub mod image;
+pub mod model;
+pub mod paging;
+pub mod plugin;
+pub mod qemu;
+pub mod region;
+pub mod stats;
