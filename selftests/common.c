@@ -1,0 +1,748 @@
+// SPDX-License-Identifier: GPL-2.0
+#include "common.h"
+
+#include <arpa/inet.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <net/if.h>
+#include <netinet/tcp.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/time.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+/* A function, or the compiler would know better. */
+void *bad_ptr(void)
+{
+	static volatile uintptr_t address = 8;
+
+	return (void *)address;
+}
+
+/* ---- devices and stores ---- */
+
+const char *dev_path(enum dev dev, const char **why)
+{
+	const char *name = dev == DEV_PMEM ? "PMSKB_DEV_PMEM" : "PMSKB_DEV_DAX";
+	const char *path = getenv(name);
+
+	if (!path || !*path) {
+		*why = dev == DEV_PMEM ? "PMSKB_DEV_PMEM is not set" : "PMSKB_DEV_DAX is not set";
+		return NULL;
+	}
+	if (access(path, F_OK)) {
+		*why = "the device does not exist";
+		return NULL;
+	}
+	return path;
+}
+
+int ctl_open(void)
+{
+	int fd = open("/dev/pmskb", O_RDWR | O_CLOEXEC);
+
+	return fd < 0 ? -errno : fd;
+}
+
+int dev_format(int ctl, int devfd, uint32_t flags, uint64_t head_bytes)
+{
+	struct pmskb_format f = {
+		.fd = devfd,
+		.flags = flags,
+		.label = TEST_LABEL,
+		.head_bytes = head_bytes,
+	};
+
+	return ioctl(ctl, PMSKB_IOC_FORMAT, &f) ? -errno : 0;
+}
+
+int dev_attach(int ctl, int devfd, struct pmskb_attach *a)
+{
+	memset(a, 0, sizeof(*a));
+	a->fd = devfd;
+	return ioctl(ctl, PMSKB_IOC_ATTACH, a) ? -errno : 0;
+}
+
+int dev_detach(int ctl, unsigned int minor, unsigned int timeout_ms)
+{
+	struct pmskb_detach d = { .minor = minor, .timeout_ms = timeout_ms };
+
+	return ioctl(ctl, PMSKB_IOC_DETACH, &d) ? -errno : 0;
+}
+
+void dev_sweep(int ctl)
+{
+	struct pmskb_store_info info;
+	unsigned int minor;
+	char path[40];
+	bool ours;
+	int fd;
+
+	for (minor = 0; minor < 64; minor++) {
+		snprintf(path, sizeof(path), "/dev/pmskb%u", minor);
+		fd = open(path, O_RDONLY | O_CLOEXEC);
+		if (fd < 0)
+			continue;
+		memset(&info, 0, sizeof(info));
+		ours = !ioctl(fd, PMSKB_IOC_INFO, &info) &&
+		       !strncmp((char *)info.label, TEST_LABEL, sizeof(info.label));
+		close(fd);
+		if (ours)
+			dev_detach(ctl, minor, 5000);
+	}
+}
+
+static int store_map(struct store *s)
+{
+	void *map;
+
+	snprintf(s->path, sizeof(s->path), "/dev/pmskb%u", s->minor);
+	s->fd = open(s->path, O_RDWR | O_CLOEXEC);
+	if (s->fd < 0)
+		return -errno;
+	if (ioctl(s->fd, PMSKB_IOC_INFO, &s->info))
+		return -errno;
+	s->map_len = s->info.map_len;
+	map = mmap(NULL, s->map_len, PROT_READ, MAP_SHARED, s->fd, 0);
+	if (map == MAP_FAILED)
+		return -errno;
+	s->map = map;
+	return 0;
+}
+
+static int store_begin(struct store *s, enum dev dev)
+{
+	const char *why, *path = dev_path(dev, &why);
+
+	memset(s, 0, sizeof(*s));
+	s->fd = s->dev = s->ctl = -1;
+	s->minor = ~0U;
+	if (!path)
+		return -ENODEV;
+	s->ctl = ctl_open();
+	if (s->ctl < 0)
+		return s->ctl;
+	s->dev = open(path, O_RDWR | O_CLOEXEC);
+	if (s->dev < 0)
+		return -errno;
+	return 0;
+}
+
+static int store_attach(struct store *s)
+{
+	struct pmskb_attach a;
+	int err = dev_attach(s->ctl, s->dev, &a);
+
+	if (err)
+		return err;
+	s->minor = a.minor;
+	memcpy(s->uuid, a.uuid, sizeof(s->uuid));
+	return store_map(s);
+}
+
+int store_make(struct store *s, enum dev dev, uint32_t flags, uint64_t head_bytes)
+{
+	int err = store_begin(s, dev);
+
+	if (err)
+		return err;
+	flags |= PMSKB_FORMAT_FORCE;
+	err = dev_format(s->ctl, s->dev, flags, head_bytes);
+	if (err == -EBUSY) {
+		dev_sweep(s->ctl);
+		err = dev_format(s->ctl, s->dev, flags, head_bytes);
+	}
+	return err ?: store_attach(s);
+}
+
+int store_open(struct store *s, enum dev dev)
+{
+	return store_begin(s, dev) ?: store_attach(s);
+}
+
+void store_let_go(struct store *s)
+{
+	if (s->map)
+		munmap((void *)s->map, s->map_len);
+	s->map = NULL;
+	if (s->fd >= 0)
+		close(s->fd);
+	s->fd = -1;
+}
+
+int store_close(struct store *s)
+{
+	int err = 0;
+
+	store_let_go(s);
+	if (s->minor != ~0U)
+		err = dev_detach(s->ctl, s->minor, 10000);
+	s->minor = ~0U;
+	if (s->dev >= 0)
+		close(s->dev);
+	if (s->ctl >= 0)
+		close(s->ctl);
+	s->dev = s->ctl = -1;
+	return err;
+}
+
+int store_info(const struct store *s, struct pmskb_store_info *info)
+{
+	memset(info, 0xa5, sizeof(*info));
+	return ioctl(s->fd, PMSKB_IOC_INFO, info) ? -errno : 0;
+}
+
+int store_quiet(const struct store *s, int ms, struct pmskb_store_info *info)
+{
+	int err;
+
+	for (;; ms -= 20) {
+		err = store_info(s, info);
+		if (err)
+			return err;
+		if (!info->tokens && !info->frames_limbo &&
+		    info->frames_free + info->frames_meta + info->frames_record +
+		    info->frames_bad == info->frames_total)
+			return 0;
+		if (ms <= 0)
+			return -ETIMEDOUT;
+		usleep(20000);
+	}
+}
+
+/* ---- network ---- */
+
+#define NETNS "pmskb-client"
+
+int sh(const char *fmt, ...)
+{
+	char cmd[2048];
+	va_list ap;
+	int st;
+
+	va_start(ap, fmt);
+	vsnprintf(cmd, sizeof(cmd), fmt, ap);
+	va_end(ap);
+	st = system(cmd);
+	return WIFEXITED(st) ? WEXITSTATUS(st) : 128;
+}
+
+bool have_program(const char *name)
+{
+	return sh("command -v %s >/dev/null 2>&1", name) == 0;
+}
+
+unsigned long env_number(const char *name, unsigned long otherwise)
+{
+	const char *v = getenv(name);
+
+	return v && *v ? strtoul(v, NULL, 0) : otherwise;
+}
+
+static const struct {
+	const char *here, *there;
+	const char *server4, *client4, *server6, *client6;
+} links[] = {
+	[LINK_LO] = { "lo", "lo", "127.0.0.1", "127.0.0.1", "::1", "::1" },
+	[LINK_VETH] = { "pmskb-a", "pmskb-b", "10.77.1.1", "10.77.1.2", "fd77:1::1", "fd77:1::2" },
+	[LINK_PLAIN] = { "pmskb-p", "pmskb-q", "10.77.2.1", "10.77.2.2", "fd77:2::1", "fd77:2::2" },
+};
+
+const char *net_up(enum link link)
+{
+	if (link == LINK_LO)
+		return NULL;
+	if (if_nametoindex(links[link].here))
+		return NULL;
+	if (!have_program("ip"))
+		return "there is no ip program";
+	if (access("/run/netns/" NETNS, F_OK) &&
+	    sh("ip netns add " NETNS " && ip -n " NETNS " link set lo up"))
+		return "cannot make a network namespace";
+	if (sh("ip link add %s type veth peer name %s netns " NETNS,
+	       links[link].here, links[link].there))
+		return "cannot make a veth pair";
+	if (link == LINK_PLAIN &&
+	    (!have_program("ethtool") ||
+	     sh("ethtool -K %s tx off rx off tso off gso off gro off sg off >/dev/null && "
+		"ip netns exec " NETNS " ethtool -K %s tx off rx off tso off gso off gro off sg off >/dev/null",
+		links[link].here, links[link].there))) {
+		sh("ip link del %s", links[link].here);
+		return "cannot switch offloads off";
+	}
+	if (sh("ip addr add %s/24 dev %s && ip addr add %s/64 dev %s nodad && ip link set %s up",
+	       links[link].server4, links[link].here,
+	       links[link].server6, links[link].here, links[link].here) ||
+	    sh("ip -n " NETNS " addr add %s/24 dev %s && ip -n " NETNS
+	       " addr add %s/64 dev %s nodad && ip -n " NETNS " link set %s up",
+	       links[link].client4, links[link].there,
+	       links[link].client6, links[link].there, links[link].there))
+		return "cannot set addresses";
+	return NULL;
+}
+
+int net_listen(const struct net *net, struct sockaddr_storage *addr, socklen_t *len)
+{
+	struct sockaddr_in6 *a6 = (void *)addr;
+	struct sockaddr_in *a4 = (void *)addr;
+	int fd, one = 1;
+
+	memset(addr, 0, sizeof(*addr));
+	addr->ss_family = net->family;
+	if (net->family == AF_INET) {
+		inet_pton(AF_INET, links[net->link].server4, &a4->sin_addr);
+		*len = sizeof(*a4);
+	} else {
+		inet_pton(AF_INET6, links[net->link].server6, &a6->sin6_addr);
+		*len = sizeof(*a6);
+	}
+	fd = socket(net->family, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	if (fd < 0)
+		return -errno;
+	setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof(one));
+	if (bind(fd, (void *)addr, *len) || listen(fd, 512) ||
+	    getsockname(fd, (void *)addr, len)) {
+		int err = -errno;
+
+		close(fd);
+		return err;
+	}
+	return fd;
+}
+
+int net_client(const struct net *net)
+{
+	int fd, here = -1, there, err = 0;
+
+	if (net->link != LINK_LO) {
+		here = open("/proc/thread-self/ns/net", O_RDONLY | O_CLOEXEC);
+		there = open("/run/netns/" NETNS, O_RDONLY | O_CLOEXEC);
+		if (here < 0 || there < 0 || setns(there, CLONE_NEWNET))
+			err = -errno;
+		if (there >= 0)
+			close(there);
+		if (err)
+			return err;
+	}
+	fd = socket(net->family, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	if (fd < 0)
+		err = -errno;
+	if (here >= 0) {
+		if (setns(here, CLONE_NEWNET))
+			abort();
+		close(here);
+	}
+	return err ?: fd;
+}
+
+int net_connect(const struct net *net, const struct sockaddr_storage *addr, socklen_t len)
+{
+	int fd = net_client(net);
+
+	if (fd >= 0 && connect(fd, (const void *)addr, len)) {
+		int err = -errno;
+
+		close(fd);
+		return err;
+	}
+	return fd;
+}
+
+/* ---- sockets ---- */
+
+int sock_ulp(int fd)
+{
+	return setsockopt(fd, SOL_TCP, TCP_ULP, PMSKB_ULP_NAME, sizeof(PMSKB_ULP_NAME)) ? -errno : 0;
+}
+
+int sock_attach_opt(int fd, int store_fd)
+{
+	int err = sock_ulp(fd);
+
+	if (err)
+		return err;
+	return setsockopt(fd, SOL_PMSKB, PMSKB_ATTACH, &store_fd, sizeof(store_fd)) ? -errno : 0;
+}
+
+int sock_attach_ioctl(int fd, int store_fd)
+{
+	__s32 arg = fd;
+
+	/* As the number says: the argument is the descriptor itself. */
+	return ioctl(store_fd, PMSKB_IOC_ATTACH_SOCKET, &arg) ? -errno : 0;
+}
+
+int sock_mode(int fd, uint32_t mode)
+{
+	return setsockopt(fd, SOL_PMSKB, PMSKB_RX_MODE, &mode, sizeof(mode)) ? -errno : 0;
+}
+
+int sock_info(int fd, struct pmskb_sock_info *info)
+{
+	socklen_t len = sizeof(*info);
+
+	memset(info, 0xa5, sizeof(*info));
+	if (getsockopt(fd, SOL_PMSKB, PMSKB_INFO, info, &len))
+		return -errno;
+	return len == sizeof(*info) ? 0 : -EMSGSIZE;
+}
+
+int timeout_set(int fd, int ms)
+{
+	struct timeval tv = { ms / 1000, ms % 1000 * 1000 };
+
+	return setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &tv, sizeof(tv)) ? -errno : 0;
+}
+
+int conn_make(struct conn *c, const struct net *net, int store_fd, enum how how)
+{
+	struct sockaddr_storage addr;
+	int err = 0, l, one = 1;
+	socklen_t len;
+
+	c->s = c->c = -1;
+	l = net_listen(net, &addr, &len);
+	if (l < 0)
+		return l;
+	if (how == HOW_LISTENER_OPT)
+		err = sock_attach_opt(l, store_fd);
+	else if (how == HOW_LISTENER_IOCTL)
+		err = sock_attach_ioctl(l, store_fd);
+	if (!err) {
+		c->c = net_connect(net, &addr, len);
+		if (c->c < 0)
+			err = c->c;
+	}
+	if (!err) {
+		c->s = accept4(l, NULL, NULL, SOCK_CLOEXEC);
+		if (c->s < 0)
+			err = -errno;
+	}
+	close(l);
+	if (!err && how == HOW_ACCEPTED_OPT)
+		err = sock_attach_opt(c->s, store_fd);
+	else if (!err && how == HOW_ACCEPTED_IOCTL)
+		err = sock_attach_ioctl(c->s, store_fd);
+	if (err) {
+		conn_close(c);
+		return err;
+	}
+	setsockopt(c->c, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
+	/* A test that would hang fails instead. */
+	timeout_set(c->s, 20000);
+	timeout_set(c->c, 20000);
+	return 0;
+}
+
+void conn_close(struct conn *c)
+{
+	if (c->c >= 0)
+		close(c->c);
+	if (c->s >= 0)
+		close(c->s);
+	c->c = c->s = -1;
+}
+
+/* ---- data ---- */
+
+static inline uint64_t mix(uint64_t x)
+{
+	x += 0x9e3779b97f4a7c15ULL;
+	x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ULL;
+	x = (x ^ (x >> 27)) * 0x94d049bb133111ebULL;
+	return x ^ (x >> 31);
+}
+
+static inline uint64_t word(uint32_t seed, uint64_t n)
+{
+	return mix(((uint64_t)seed << 40) ^ n);
+}
+
+void fill(void *buf, size_t len, uint32_t seed, uint64_t pos)
+{
+	uint8_t *p = buf;
+
+	while (len) {
+		uint64_t w = word(seed, pos / 8);
+		size_t off = pos % 8, n = 8 - off;
+
+		if (n > len)
+			n = len;
+		memcpy(p, (uint8_t *)&w + off, n);
+		p += n;
+		pos += n;
+		len -= n;
+	}
+}
+
+ssize_t differs(const void *buf, size_t len, uint32_t seed, uint64_t pos)
+{
+	const uint8_t *p = buf;
+	uint64_t start = pos;
+
+	while (len) {
+		uint64_t w = word(seed, pos / 8);
+		size_t off = pos % 8, n = 8 - off, i;
+
+		if (n > len)
+			n = len;
+		if (memcmp(p, (uint8_t *)&w + off, n))
+			for (i = 0; i < n; i++)
+				if (p[i] != ((uint8_t *)&w)[off + i])
+					return pos - start + i;
+		p += n;
+		pos += n;
+		len -= n;
+	}
+	return -1;
+}
+
+uint16_t rfc1071_norm(uint16_t sum)
+{
+	return sum == 0xffff ? 0 : sum;
+}
+
+uint16_t rfc1071(const void *buf, size_t len)
+{
+	const uint8_t *p = buf;
+	uint64_t sum = 0;
+	size_t i;
+
+	for (i = 0; i + 1 < len; i += 2)
+		sum += (uint32_t)p[i] << 8 | p[i + 1];
+	if (len & 1)
+		sum += (uint32_t)p[len - 1] << 8;
+	while (sum >> 16)
+		sum = (sum & 0xffff) + (sum >> 16);
+	return rfc1071_norm(htons(sum));
+}
+
+int send_all(int fd, const void *buf, size_t len)
+{
+	const uint8_t *p = buf;
+
+	while (len) {
+		ssize_t n = send(fd, p, len, MSG_NOSIGNAL);
+
+		if (n < 0) {
+			if (errno == EINTR)
+				continue;
+			return -errno;
+		}
+		p += n;
+		len -= n;
+	}
+	return 0;
+}
+
+int recv_all(int fd, void *buf, size_t len)
+{
+	uint8_t *p = buf;
+
+	while (len) {
+		ssize_t n = recv(fd, p, len, 0);
+
+		if (n < 0)
+			return -errno;
+		if (!n)
+			return -EPIPE;
+		p += n;
+		len -= n;
+	}
+	return 0;
+}
+
+int sender_start(struct sender *s, int fd, uint32_t seed, uint64_t len, size_t max_write, bool shut)
+{
+	static uint8_t buf[256 * 1024];
+	uint64_t pos = 0;
+
+	s->pid = fork();
+	if (s->pid < 0)
+		return -errno;
+	if (s->pid)
+		return 0;
+	while (pos < len) {
+		uint64_t n = max_write > sizeof(buf) ? sizeof(buf) : max_write;
+
+		/* Every size up to the largest, in no order. */
+		n = 1 + mix(seed + pos) % n;
+		if (n > len - pos)
+			n = len - pos;
+		fill(buf, n, seed, pos);
+		if (send_all(fd, buf, n))
+			_exit(1);
+		pos += n;
+	}
+	if (shut && shutdown(fd, SHUT_WR))
+		_exit(2);
+	_exit(0);
+}
+
+int sender_wait(struct sender *s)
+{
+	int st;
+
+	if (waitpid(s->pid, &st, 0) != s->pid)
+		return -errno;
+	return WIFEXITED(st) ? WEXITSTATUS(st) : 128;
+}
+
+/* ---- descriptors ---- */
+
+int desc_recv_flags(int fd, struct pmskb_desc *d, int max, int flags, ssize_t *bytes, int *msg_flags)
+{
+	/* Large enough for every test; there is no data to put into it. */
+	static char data[64];
+	size_t room = max * CMSG_SPACE(sizeof(*d));
+	char *control = calloc(1, room ?: 1);
+	struct iovec iov = { data, sizeof(data) };
+	struct msghdr msg = {
+		.msg_iov = &iov,
+		.msg_iovlen = 1,
+		.msg_control = control,
+		.msg_controllen = room,
+	};
+	struct cmsghdr *cmsg;
+	ssize_t ret;
+	int n = 0;
+
+	ret = recvmsg(fd, &msg, flags);
+	if (bytes)
+		*bytes = ret;
+	if (msg_flags)
+		*msg_flags = msg.msg_flags;
+	if (ret < 0) {
+		n = -errno;
+		free(control);
+		return n;
+	}
+	for (cmsg = CMSG_FIRSTHDR(&msg); cmsg; cmsg = CMSG_NXTHDR(&msg, cmsg)) {
+		if (cmsg->cmsg_level != SOL_PMSKB || cmsg->cmsg_type != PMSKB_CMSG_DESC)
+			continue;
+		if (cmsg->cmsg_len != CMSG_LEN(sizeof(*d)) || n >= max) {
+			free(control);
+			return -EBADMSG;
+		}
+		memcpy(&d[n++], CMSG_DATA(cmsg), sizeof(*d));
+	}
+	free(control);
+	return n;
+}
+
+int desc_recv_bytes(int fd, struct pmskb_desc *d, int max, size_t len)
+{
+	size_t have = 0;
+	ssize_t bytes;
+	int n = 0, got, i;
+
+	while (have < len) {
+		if (n == max)
+			return -ENOBUFS;
+		got = desc_recv_flags(fd, d + n, max - n < 64 ? max - n : 64, 0, &bytes, NULL);
+		if (got < 0)
+			return got;
+		if (!got)
+			return bytes ? -EBADMSG : -EPIPE;
+		for (i = 0; i < got; i++)
+			have += d[n + i].len;
+		n += got;
+	}
+	return have == len ? n : -EOVERFLOW;
+}
+
+int desc_release(int fd, uint32_t first, uint32_t count)
+{
+	struct pmskb_token_range r = { first, count };
+
+	return setsockopt(fd, SOL_PMSKB, PMSKB_RELEASE, &r, sizeof(r)) < 0 ? -errno : 0;
+}
+
+int desc_release_all(int fd, const struct pmskb_desc *d, int n)
+{
+	struct pmskb_token_range r[64];
+	int i = 0, nr = 0;
+
+	while (i < n) {
+		nr = 0;
+		for (; i < n; i++) {
+			if (nr && r[nr - 1].first + r[nr - 1].count == d[i].token) {
+				r[nr - 1].count++;
+				continue;
+			}
+			if (nr == (int)ARRAY_LEN(r))
+				break;
+			r[nr].first = d[i].token;
+			r[nr++].count = 1;
+		}
+		if (setsockopt(fd, SOL_PMSKB, PMSKB_RELEASE, r, nr * sizeof(r[0])) < 0)
+			return -errno;
+	}
+	return 0;
+}
+
+/* ---- operations ---- */
+
+int submit(int store_fd, const struct pmskb_op *ops, struct pmskb_result *res, uint32_t nr)
+{
+	struct pmskb_submit s = { .ops = PTR(ops), .results = PTR(res), .nr = nr };
+
+	return ioctl(store_fd, PMSKB_IOC_SUBMIT, &s) < 0 ? -errno : 0;
+}
+
+int persist(int fd, const struct pmskb_op *ops, struct pmskb_result *res, uint32_t nr)
+{
+	struct pmskb_submit s = { .ops = PTR(ops), .results = PTR(res), .nr = nr };
+
+	return setsockopt(fd, SOL_PMSKB, PMSKB_PERSIST, &s, sizeof(s)) < 0 ? -errno : 0;
+}
+
+int64_t persist_one(int fd, const struct pmskb_op *op, struct pmskb_result *res)
+{
+	struct pmskb_result r;
+	int err;
+
+	memset(&r, 0xa5, sizeof(r));
+	err = persist(fd, op, &r, 1);
+	if (res)
+		*res = r;
+	return err ? CALL_FAILED(err) : r.res;
+}
+
+struct pmskb_op op_put(const void *key, uint32_t key_len, const struct pmskb_ext *ext, uint32_t nr)
+{
+	struct pmskb_op op = {
+		.opcode = PMSKB_OP_PUT,
+		.fd = -1,
+		.key = PTR(key),
+		.key_len = key_len,
+		.nr_extents = nr,
+		.extents = PTR(ext),
+	};
+
+	return op;
+}
+
+struct pmskb_ext ext_of(const struct pmskb_desc *d)
+{
+	struct pmskb_ext e = { .token = d->token, .len = d->len };
+
+	return e;
+}
+
+void exts_of(struct pmskb_ext *e, const struct pmskb_desc *d, int n)
+{
+	int i;
+
+	for (i = 0; i < n; i++)
+		e[i] = ext_of(&d[i]);
+}

@@ -1,0 +1,157 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * What the tests of pmskb share: stores on the devices that the environment
+ * names, connections over lo and over veth into a network namespace, receiving
+ * of packet descriptors, submitting.
+ *
+ * Functions return 0 or more, or a negative errno, unless said otherwise.
+ */
+#ifndef PMSKB_SELFTESTS_COMMON_H
+#define PMSKB_SELFTESTS_COMMON_H
+
+#include <netinet/in.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/socket.h>
+#include <sys/types.h>
+
+#include <linux/pmskb.h>
+
+#ifndef TCP_ULP
+#define TCP_ULP 31
+#endif
+#ifndef SOL_TCP
+#define SOL_TCP 6
+#endif
+
+#define ARRAY_LEN(a) (sizeof(a) / sizeof((a)[0]))
+#define PTR(p) ((uint64_t)(uintptr_t)(p))
+/* An address that no process has mapped, and access_ok() lets pass. */
+#define BAD_PTR bad_ptr()
+void *bad_ptr(void);
+#define TEST_LABEL "selftest"
+
+/* ---- devices and stores ---- */
+
+enum dev { DEV_PMEM, DEV_DAX };
+
+struct store {
+	int ctl;		/* /dev/pmskb */
+	int dev;		/* the region's device */
+	int fd;			/* /dev/pmskbN */
+	unsigned int minor;
+	char path[40];
+	uint8_t uuid[16];
+	const uint8_t *map;
+	size_t map_len;
+	struct pmskb_store_info info;	/* as of the attach */
+};
+
+/* Name of the device, or NULL with *why set: then the test is skipped. */
+const char *dev_path(enum dev dev, const char **why);
+int ctl_open(void);
+
+int dev_format(int ctl, int devfd, uint32_t flags, uint64_t head_bytes);
+int dev_attach(int ctl, int devfd, struct pmskb_attach *a);
+int dev_detach(int ctl, unsigned int minor, unsigned int timeout_ms);
+/* Detaches stores that earlier tests left behind (label TEST_LABEL only). */
+void dev_sweep(int ctl);
+
+/* Formats and attaches, opens and maps. */
+int store_make(struct store *s, enum dev dev, uint32_t flags, uint64_t head_bytes);
+/* Attaches what is there, opens and maps. */
+int store_open(struct store *s, enum dev dev);
+/* Unmaps and closes; then detaches, and returns what detach said. */
+int store_close(struct store *s);
+void store_let_go(struct store *s);
+int store_info(const struct store *s, struct pmskb_store_info *info);
+/* Waits until no frame is held by tokens or the stack any more. */
+int store_quiet(const struct store *s, int ms, struct pmskb_store_info *info);
+
+/* ---- network ---- */
+
+enum link { LINK_LO, LINK_VETH, LINK_PLAIN };
+
+struct net {
+	int family;		/* AF_INET, AF_INET6 */
+	enum link link;		/* where the client is */
+};
+
+/* Makes namespace and interfaces, once; NULL or why not. */
+const char *net_up(enum link link);
+int net_listen(const struct net *net, struct sockaddr_storage *addr, socklen_t *len);
+/* A socket in the client's place, not connected. */
+int net_client(const struct net *net);
+int net_connect(const struct net *net, const struct sockaddr_storage *addr, socklen_t len);
+/* Runs a shell command; its exit status. */
+int sh(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
+bool have_program(const char *name);
+unsigned long env_number(const char *name, unsigned long otherwise);
+
+/* ---- sockets ---- */
+
+enum how {
+	HOW_LISTENER_OPT,	/* setsockopt pair on the listener, inherited */
+	HOW_LISTENER_IOCTL,	/* ioctl on the listener, inherited */
+	HOW_ACCEPTED_OPT,	/* setsockopt pair on the accepted socket */
+	HOW_ACCEPTED_IOCTL,	/* ioctl on the accepted socket */
+	HOW_PLAIN,		/* not attached */
+};
+
+struct conn {
+	int s;			/* server's end, the attached one */
+	int c;			/* client's end */
+};
+
+int sock_ulp(int fd);
+int sock_attach_opt(int fd, int store_fd);
+int sock_attach_ioctl(int fd, int store_fd);
+int sock_mode(int fd, uint32_t mode);
+int sock_info(int fd, struct pmskb_sock_info *info);
+int conn_make(struct conn *c, const struct net *net, int store_fd, enum how how);
+void conn_close(struct conn *c);
+int timeout_set(int fd, int ms);
+
+/* ---- data ---- */
+
+/* The byte at position pos of stream seed. */
+void fill(void *buf, size_t len, uint32_t seed, uint64_t pos);
+/* Where buf first differs from the stream, or -1. */
+ssize_t differs(const void *buf, size_t len, uint32_t seed, uint64_t pos);
+/* Internet checksum (RFC 1071, not complemented, 0xffff as 0) in network order. */
+uint16_t rfc1071(const void *buf, size_t len);
+uint16_t rfc1071_norm(uint16_t sum_be);
+int send_all(int fd, const void *buf, size_t len);
+int recv_all(int fd, void *buf, size_t len);
+/* Sends len bytes of stream seed in a child process that then exits. */
+struct sender {
+	pid_t pid;
+};
+int sender_start(struct sender *s, int fd, uint32_t seed, uint64_t len, size_t max_write, bool shut);
+int sender_wait(struct sender *s);
+
+/* ---- descriptors ---- */
+
+/* One recvmsg() with a control buffer for max descriptors: their number, or
+ * -errno; *bytes what the call returned. */
+int desc_recv_flags(int fd, struct pmskb_desc *d, int max, int flags, ssize_t *bytes, int *msg_flags);
+/* Receives until len bytes are described; number of descriptors. */
+int desc_recv_bytes(int fd, struct pmskb_desc *d, int max, size_t len);
+int desc_release(int fd, uint32_t first, uint32_t count);
+/* Releases all of them, neighbours in one range. */
+int desc_release_all(int fd, const struct pmskb_desc *d, int n);
+
+/* ---- operations ---- */
+
+/* res.res of one operation; or the call's -errno with 1000 subtracted. */
+#define CALL_FAILED(err) (-1000 + (err))
+int64_t persist_one(int fd, const struct pmskb_op *op, struct pmskb_result *res);
+int submit(int store_fd, const struct pmskb_op *ops, struct pmskb_result *res, uint32_t nr);
+int persist(int fd, const struct pmskb_op *ops, struct pmskb_result *res, uint32_t nr);
+struct pmskb_op op_put(const void *key, uint32_t key_len, const struct pmskb_ext *ext, uint32_t nr);
+struct pmskb_ext ext_of(const struct pmskb_desc *d);
+/* All of n descriptors as extents. */
+void exts_of(struct pmskb_ext *e, const struct pmskb_desc *d, int n);
+
+#endif

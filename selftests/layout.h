@@ -1,0 +1,112 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * The layout of every structure of the interface, written down by hand: LAYOUT
+ * lists name and size, FIELD each member with offset and size, in order. Sizes
+ * and offsets are those of a 32-bit caller as well, because every member is
+ * aligned to its own size (header.c checks that from these numbers, for those
+ * without a 32-bit compiler).
+ */
+#define LAYOUT_OF_PMSKB(STRUCT, FIELD) \
+	STRUCT(pmskb_desc, 48) \
+		FIELD(pmskb_desc, offset, 0, 8) \
+		FIELD(pmskb_desc, len, 8, 4) \
+		FIELD(pmskb_desc, token, 12, 4) \
+		FIELD(pmskb_desc, store, 16, 4) \
+		FIELD(pmskb_desc, flags, 20, 4) \
+		FIELD(pmskb_desc, time, 24, 8) \
+		FIELD(pmskb_desc, seq, 32, 4) \
+		FIELD(pmskb_desc, pkt_len, 36, 4) \
+		FIELD(pmskb_desc, pkt_off, 40, 4) \
+		FIELD(pmskb_desc, csum, 44, 2) \
+		FIELD(pmskb_desc, csum_kind, 46, 1) \
+		FIELD(pmskb_desc, time_source, 47, 1) \
+	STRUCT(pmskb_token_range, 8) \
+		FIELD(pmskb_token_range, first, 0, 4) \
+		FIELD(pmskb_token_range, count, 4, 4) \
+	STRUCT(pmskb_ext, 16) \
+		FIELD(pmskb_ext, token, 0, 4) \
+		FIELD(pmskb_ext, offset, 4, 4) \
+		FIELD(pmskb_ext, len, 8, 4) \
+		FIELD(pmskb_ext, reserved, 12, 4) \
+	STRUCT(pmskb_op, 64) \
+		FIELD(pmskb_op, opcode, 0, 2) \
+		FIELD(pmskb_op, flags, 2, 2) \
+		FIELD(pmskb_op, fd, 4, 4) \
+		FIELD(pmskb_op, key, 8, 8) \
+		FIELD(pmskb_op, key_len, 16, 4) \
+		FIELD(pmskb_op, nr_extents, 20, 4) \
+		FIELD(pmskb_op, extents, 24, 8) \
+		FIELD(pmskb_op, reserved, 32, 32) \
+	STRUCT(pmskb_result, 16) \
+		FIELD(pmskb_result, res, 0, 8) \
+		FIELD(pmskb_result, flags, 8, 4) \
+		FIELD(pmskb_result, csum, 12, 2) \
+		FIELD(pmskb_result, csum_kind, 14, 1) \
+		FIELD(pmskb_result, reserved, 15, 1) \
+	STRUCT(pmskb_submit, 32) \
+		FIELD(pmskb_submit, ops, 0, 8) \
+		FIELD(pmskb_submit, results, 8, 8) \
+		FIELD(pmskb_submit, nr, 16, 4) \
+		FIELD(pmskb_submit, flags, 20, 4) \
+		FIELD(pmskb_submit, reserved, 24, 8) \
+	STRUCT(pmskb_counters, 128) \
+		FIELD(pmskb_counters, placed, 0, 8) \
+		FIELD(pmskb_counters, placed_bytes, 8, 8) \
+		FIELD(pmskb_counters, unplaced, 16, 64) \
+		FIELD(pmskb_counters, copied_bytes, 80, 8) \
+		FIELD(pmskb_counters, derived, 88, 8) \
+		FIELD(pmskb_counters, hardware, 96, 8) \
+		FIELD(pmskb_counters, computed, 104, 8) \
+		FIELD(pmskb_counters, computed_bytes, 112, 8) \
+		FIELD(pmskb_counters, mismatch, 120, 8) \
+	STRUCT(pmskb_sock_info, 144) \
+		FIELD(pmskb_sock_info, store, 0, 4) \
+		FIELD(pmskb_sock_info, rx_mode, 4, 4) \
+		FIELD(pmskb_sock_info, tokens, 8, 4) \
+		FIELD(pmskb_sock_info, reserved, 12, 4) \
+		FIELD(pmskb_sock_info, counters, 16, 128) \
+	STRUCT(pmskb_format, 96) \
+		FIELD(pmskb_format, fd, 0, 4) \
+		FIELD(pmskb_format, flags, 4, 4) \
+		FIELD(pmskb_format, uuid, 8, 16) \
+		FIELD(pmskb_format, label, 24, 32) \
+		FIELD(pmskb_format, head_bytes, 56, 8) \
+		FIELD(pmskb_format, reserved, 64, 32) \
+	STRUCT(pmskb_attach, 32) \
+		FIELD(pmskb_attach, fd, 0, 4) \
+		FIELD(pmskb_attach, flags, 4, 4) \
+		FIELD(pmskb_attach, minor, 8, 4) \
+		FIELD(pmskb_attach, reserved, 12, 4) \
+		FIELD(pmskb_attach, uuid, 16, 16) \
+	STRUCT(pmskb_detach, 16) \
+		FIELD(pmskb_detach, minor, 0, 4) \
+		FIELD(pmskb_detach, timeout_ms, 4, 4) \
+		FIELD(pmskb_detach, reserved, 8, 8) \
+	STRUCT(pmskb_store_info, 360) \
+		FIELD(pmskb_store_info, uuid, 0, 16) \
+		FIELD(pmskb_store_info, label, 16, 32) \
+		FIELD(pmskb_store_info, minor, 48, 4) \
+		FIELD(pmskb_store_info, flags, 52, 4) \
+		FIELD(pmskb_store_info, region_len, 56, 8) \
+		FIELD(pmskb_store_info, map_len, 64, 8) \
+		FIELD(pmskb_store_info, head_off, 72, 8) \
+		FIELD(pmskb_store_info, head_len, 80, 8) \
+		FIELD(pmskb_store_info, data_off, 88, 8) \
+		FIELD(pmskb_store_info, frames_total, 96, 8) \
+		FIELD(pmskb_store_info, frames_free, 104, 8) \
+		FIELD(pmskb_store_info, frames_meta, 112, 8) \
+		FIELD(pmskb_store_info, frames_record, 120, 8) \
+		FIELD(pmskb_store_info, frames_limbo, 128, 8) \
+		FIELD(pmskb_store_info, frames_bad, 136, 8) \
+		FIELD(pmskb_store_info, heads_total, 144, 8) \
+		FIELD(pmskb_store_info, heads_free, 152, 8) \
+		FIELD(pmskb_store_info, records, 160, 8) \
+		FIELD(pmskb_store_info, keys, 168, 8) \
+		FIELD(pmskb_store_info, live_bytes, 176, 8) \
+		FIELD(pmskb_store_info, durable_seq, 184, 8) \
+		FIELD(pmskb_store_info, sockets, 192, 8) \
+		FIELD(pmskb_store_info, tokens, 200, 8) \
+		FIELD(pmskb_store_info, lines_flushed, 208, 8) \
+		FIELD(pmskb_store_info, fences, 216, 8) \
+		FIELD(pmskb_store_info, submits, 224, 8) \
+		FIELD(pmskb_store_info, counters, 232, 128)

@@ -1,0 +1,53 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * The media as Documentation/format.rst describes it, read by code that shares
+ * nothing with the module: an independent check of both. For regions that are
+ * block devices (/dev/pmemN), and only while they are detached.
+ */
+#ifndef PMSKB_SELFTESTS_MEDIA_H
+#define PMSKB_SELFTESTS_MEDIA_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define SB_SIZE 512
+#define SB_MAGIC 0
+#define SB_CRC 8
+#define SB_VERSION 12
+#define SB_COMPAT 16
+#define SB_RO_COMPAT 24
+#define SB_INCOMPAT 32
+#define SB_UUID 40
+#define SB_LABEL 56
+#define SB_REGION_LEN 88
+#define SB_FRAME_SIZE 96
+#define SB_LINE_SIZE 100
+#define SB_MAP_OFF 104
+#define SB_MAP_LEN 112
+#define SB_HEAD_OFF 120
+#define SB_HEAD_LEN 128
+#define SB_DATA_OFF 136
+#define SB_DATA_LEN 144
+#define SB_UPDATE 152
+
+uint32_t crc32c(uint32_t crc, const void *buf, size_t len);
+
+uint32_t get32(const void *p);
+uint64_t get64(const void *p);
+void put32(void *p, uint32_t v);
+void put64(void *p, uint64_t v);
+
+/* Offset and length are multiples of 4096. 0 or -errno. */
+int media_read(const char *dev, uint64_t off, void *buf, size_t len);
+int media_write(const char *dev, uint64_t off, const void *buf, size_t len);
+int64_t media_size(const char *dev);
+int media_zero(const char *dev, uint64_t off, size_t len);
+
+/* A superblock's page (4096 bytes) at off. */
+bool sb_valid(const uint8_t *page);
+void sb_seal(uint8_t *page);
+/* Changes bytes of the superblock at off; sealed again if so wanted. */
+int sb_patch(const char *dev, uint64_t off, size_t at, const void *bytes, size_t len, bool seal);
+
+#endif

@@ -1,0 +1,400 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! An array of operations, and what became of each.
+
+use std::{io, os::fd::RawFd};
+
+use crate::{sys, MAX_OPS};
+
+/// A part of what a token holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ext {
+    /// The token.
+    pub token: u32,
+    /// First byte, counted from the start of the token's extent.
+    pub offset: u32,
+    /// Bytes; at least 1.
+    pub len: u32,
+}
+
+/// Where a key's bytes are.
+#[derive(Debug, Clone, Copy)]
+pub enum Key<'a> {
+    /// There is no key: the record is in the log only.
+    None,
+    /// In memory.
+    Bytes(&'a [u8]),
+    /// In the packets themselves.
+    Extents(&'a [Ext]),
+}
+
+/// On which condition a put happens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Mode {
+    /// Whether or not the key has a record.
+    #[default]
+    Upsert,
+    /// Only if it has none, else EEXIST.
+    Create,
+    /// Only if it has one, else ENOENT.
+    Replace,
+}
+
+/// What became of an operation that succeeded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Outcome {
+    /// The record's sequence number; of a release, the number of tokens.
+    pub seq: u64,
+    /// It replaces a record with the same key.
+    pub replaced: bool,
+    /// Bytes of it had been copied into frames at receive.
+    pub copied: bool,
+    /// The object's Internet checksum as a big-endian number.
+    pub csum: u16,
+    /// `PMSKB_CSUM_*`.
+    pub csum_kind: u8,
+}
+
+/// Operations to submit together: all that succeed become durable with the same
+/// two fences. Reusable; nothing in it is freed by [`clear`](Self::clear).
+#[derive(Debug, Default)]
+pub struct Batch {
+    ops: Vec<Op>,
+    exts: Vec<sys::pmskb_ext>,
+    keys: Vec<u8>,
+    raw: Vec<sys::pmskb_op>,
+    results: Vec<sys::pmskb_result>,
+}
+
+/// An operation of a [`Batch`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OpView {
+    /// `PMSKB_OP_*`.
+    pub opcode: u32,
+    /// `PMSKB_OP_*` flags.
+    pub flags: u32,
+    /// The socket of the tokens.
+    pub fd: RawFd,
+    /// The key, if it is in memory.
+    pub key: Vec<u8>,
+    /// The key, if it is in packets.
+    pub key_extents: Vec<Ext>,
+    /// The object, or what is released.
+    pub extents: Vec<Ext>,
+}
+
+#[derive(Debug)]
+struct Op {
+    opcode: u16,
+    flags: u16,
+    fd: RawFd,
+    /// Into `keys`, or with KEY_EXTENTS into `exts`.
+    key: usize,
+    key_len: usize,
+    exts: usize,
+    nr_exts: usize,
+}
+
+impl Batch {
+    /// An empty one.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Operations in it.
+    pub fn len(&self) -> usize {
+        self.ops.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.ops.is_empty()
+    }
+
+    /// Forgets operations and results.
+    pub fn clear(&mut self) {
+        self.ops.clear();
+        self.exts.clear();
+        self.keys.clear();
+        self.results.clear();
+    }
+
+    /// Adds a put of `extents` of `fd`'s tokens, and says which operation it is.
+    /// The tokens stay held if `keep`.
+    ///
+    /// `fd` is looked up when the batch is submitted: do not close it before.
+    pub fn put(
+        &mut self,
+        fd: RawFd,
+        key: Key<'_>,
+        extents: &[Ext],
+        mode: Mode,
+        keep: bool,
+    ) -> usize {
+        let mut flags = match mode {
+            Mode::Upsert => 0,
+            Mode::Create => sys::PMSKB_OP_CREATE,
+            Mode::Replace => sys::PMSKB_OP_REPLACE,
+        };
+        if keep {
+            flags |= sys::PMSKB_OP_KEEP;
+        }
+        let (at, key_len) = match key {
+            Key::None => (0, 0),
+            Key::Bytes(b) => {
+                self.keys.extend_from_slice(b);
+                (self.keys.len() - b.len(), b.len())
+            }
+            Key::Extents(e) => {
+                flags |= sys::PMSKB_OP_KEY_EXTENTS;
+                (self.extents(e), e.len())
+            }
+        };
+        let exts = self.extents(extents);
+        self.push(Op {
+            opcode: sys::PMSKB_OP_PUT as u16,
+            flags: flags as u16,
+            fd,
+            key: at,
+            key_len,
+            exts,
+            nr_exts: extents.len(),
+        })
+    }
+
+    /// Adds the release of `fd`'s tokens, and says which operation it is.
+    pub fn release(&mut self, fd: RawFd, tokens: &[u32]) -> usize {
+        let exts = self.exts.len();
+        self.exts.extend(tokens.iter().map(|&token| sys::pmskb_ext { token, ..Default::default() }));
+        self.push(Op {
+            opcode: sys::PMSKB_OP_RELEASE as u16,
+            flags: 0,
+            fd,
+            key: 0,
+            key_len: 0,
+            exts,
+            nr_exts: tokens.len(),
+        })
+    }
+
+    /// Adds the deletion of a key, and says which operation it is.
+    pub fn delete(&mut self, key: &[u8]) -> usize {
+        self.keys.extend_from_slice(key);
+        self.push(Op {
+            opcode: sys::PMSKB_OP_DELETE as u16,
+            flags: 0,
+            fd: -1,
+            key: self.keys.len() - key.len(),
+            key_len: key.len(),
+            exts: 0,
+            nr_exts: 0,
+        })
+    }
+
+    /// What became of operation `index`, after a submission.
+    ///
+    /// # Panics
+    ///
+    /// If there is no such operation, or the batch was not submitted.
+    pub fn outcome(&self, index: usize) -> io::Result<Outcome> {
+        let r = &self.results[index];
+        if r.res < 0 {
+            let errno = i32::try_from(-r.res).unwrap_or(libc::EIO);
+            return Err(io::Error::from_raw_os_error(errno));
+        }
+        Ok(Outcome {
+            seq: r.res as u64,
+            replaced: r.flags & sys::PMSKB_RES_REPLACED != 0,
+            copied: r.flags & sys::PMSKB_RES_COPIED != 0,
+            csum: u16::from_be(r.csum),
+            csum_kind: r.csum_kind,
+        })
+    }
+
+    /// The operations in it, for stand-ins of a store in tests.
+    pub fn ops(&self) -> Vec<OpView> {
+        let exts = |at: usize, n: usize| -> Vec<Ext> {
+            let part = &self.exts[at..at + n];
+            part.iter().map(|e| Ext { token: e.token, offset: e.offset, len: e.len }).collect()
+        };
+        let view = |op: &Op| {
+            let in_packets = u32::from(op.flags) & sys::PMSKB_OP_KEY_EXTENTS != 0;
+            OpView {
+                opcode: op.opcode.into(),
+                flags: op.flags.into(),
+                fd: op.fd,
+                key: match in_packets {
+                    true => Vec::new(),
+                    false => self.keys[op.key..op.key + op.key_len].to_vec(),
+                },
+                key_extents: match in_packets {
+                    true => exts(op.key, op.key_len),
+                    false => Vec::new(),
+                },
+                extents: exts(op.exts, op.nr_exts),
+            }
+        };
+        self.ops.iter().map(view).collect()
+    }
+
+    /// Says what became of all operations, for stand-ins of a store in tests.
+    pub fn set_outcomes(&mut self, outcomes: impl IntoIterator<Item = io::Result<Outcome>>) {
+        let raw = |outcome: io::Result<Outcome>| match outcome {
+            Ok(o) => sys::pmskb_result {
+                res: o.seq as i64,
+                flags: if o.replaced { sys::PMSKB_RES_REPLACED } else { 0 },
+                csum: o.csum.to_be(),
+                csum_kind: o.csum_kind,
+                reserved: 0,
+            },
+            Err(e) => sys::pmskb_result {
+                res: -i64::from(e.raw_os_error().unwrap_or(libc::EIO)),
+                ..Default::default()
+            },
+        };
+        self.results = outcomes.into_iter().map(raw).collect();
+    }
+
+    fn extents(&mut self, extents: &[Ext]) -> usize {
+        let at = self.exts.len();
+        self.exts.extend(extents.iter().map(|e| sys::pmskb_ext {
+            token: e.token,
+            offset: e.offset,
+            len: e.len,
+            reserved: 0,
+        }));
+        at
+    }
+
+    fn push(&mut self, op: Op) -> usize {
+        self.ops.push(op);
+        self.ops.len() - 1
+    }
+
+    /// Passes the operations to `call`, at most [`MAX_OPS`] at a time. One that
+    /// is refused as a whole fails each of its operations; the first such error
+    /// is returned.
+    pub(crate) fn submit_with(
+        &mut self,
+        mut call: impl FnMut(&mut sys::pmskb_submit) -> io::Result<()>,
+    ) -> io::Result<()> {
+        self.raw.clear();
+        for op in &self.ops {
+            // Pointers are taken now, when the arrays no longer move. The kernel
+            // only reads through them.
+            let key = match op.key_len {
+                0 => 0,
+                _ if u32::from(op.flags) & sys::PMSKB_OP_KEY_EXTENTS != 0 => {
+                    self.exts[op.key..].as_ptr() as u64
+                }
+                _ => self.keys[op.key..].as_ptr() as u64,
+            };
+            let extents = if op.nr_exts == 0 { 0 } else { self.exts[op.exts..].as_ptr() as u64 };
+            self.raw.push(sys::pmskb_op {
+                opcode: op.opcode,
+                flags: op.flags,
+                fd: op.fd,
+                key,
+                key_len: op.key_len as u32,
+                nr_extents: op.nr_exts as u32,
+                extents,
+                reserved: [0; 4],
+            });
+        }
+        self.results.clear();
+        self.results.resize(self.raw.len(), sys::pmskb_result::default());
+        let mut first_error = None;
+        for (ops, results) in self.raw.chunks(MAX_OPS).zip(self.results.chunks_mut(MAX_OPS)) {
+            let mut arg = sys::pmskb_submit {
+                ops: ops.as_ptr() as u64,
+                results: results.as_mut_ptr() as u64,
+                nr: ops.len() as u32,
+                flags: 0,
+                reserved: 0,
+            };
+            if let Err(e) = call(&mut arg) {
+                let errno = e.raw_os_error().unwrap_or(libc::EIO);
+                for r in results {
+                    r.res = -i64::from(errno);
+                }
+                first_error.get_or_insert(e);
+            }
+        }
+        first_error.map_or(Ok(()), Err)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What the kernel would see of an array.
+    ///
+    /// # Safety
+    ///
+    /// `at` must point to `n` valid `T`.
+    unsafe fn read<T: Clone>(at: u64, n: u32) -> Vec<T> {
+        // SAFETY: as promised by the caller.
+        unsafe { std::slice::from_raw_parts(at as *const T, n as usize) }.to_vec()
+    }
+
+    #[test]
+    fn operations_reach_the_kernel_as_they_were_added() {
+        let mut b = Batch::new();
+        let e = |token| Ext { token, offset: 1, len: 2 };
+        b.put(7, Key::Bytes(b"one"), &[e(1), e(2)], Mode::Create, true);
+        b.put(8, Key::Extents(&[e(3)]), &[], Mode::Upsert, false);
+        b.release(7, &[1, 2]);
+        b.put(9, Key::None, &[e(4)], Mode::Replace, false);
+        let mut seen = Vec::new();
+        b.submit_with(|s| {
+            // SAFETY: submit_with describes its own arrays.
+            let ops = unsafe { read::<sys::pmskb_op>(s.ops, s.nr) };
+            for (i, op) in ops.iter().enumerate() {
+                // SAFETY: as above; the key is bytes in operation 0 only.
+                unsafe {
+                    let exts: Vec<sys::pmskb_ext> = match op.nr_extents {
+                        0 => vec![],
+                        n => read(op.extents, n),
+                    };
+                    let key = match i {
+                        0 => read::<u8>(op.key, op.key_len),
+                        1 => vec![read::<sys::pmskb_ext>(op.key, op.key_len)[0].token as u8],
+                        _ => vec![],
+                    };
+                    seen.push((op.fd, op.flags, key, exts.iter().map(|e| e.token).collect()));
+                    let r = (s.results as *mut sys::pmskb_result).add(i);
+                    (*r).res = if i == 3 { -28 } else { 10 + i as i64 };
+                }
+            }
+            Ok(())
+        })
+        .unwrap();
+        let expected: Vec<(i32, u16, Vec<u8>, Vec<u32>)> = vec![
+            (7, 1 | 4, b"one".to_vec(), vec![1, 2]),
+            (8, 8, vec![3], vec![]),
+            (7, 0, vec![], vec![1, 2]),
+            (9, 2, vec![], vec![4]),
+        ];
+        assert_eq!(seen, expected);
+        assert_eq!(b.outcome(1).unwrap().seq, 11);
+        assert_eq!(b.outcome(3).unwrap_err().raw_os_error(), Some(libc::ENOSPC));
+    }
+
+    #[test]
+    fn long_batches_are_split_and_a_refused_part_fails_its_operations_only() {
+        let mut b = Batch::new();
+        for t in 0..MAX_OPS as u32 + 1 {
+            b.release(3, &[t]);
+        }
+        let mut calls = 0;
+        let r = b.submit_with(|s| {
+            calls += 1;
+            assert_eq!(s.nr, if calls == 1 { MAX_OPS as u32 } else { 1 });
+            if calls == 2 { Err(io::Error::from_raw_os_error(libc::ENODEV)) } else { Ok(()) }
+        });
+        assert_eq!(r.unwrap_err().raw_os_error(), Some(libc::ENODEV));
+        assert!(b.outcome(MAX_OPS - 1).is_ok());
+        assert!(b.outcome(MAX_OPS).is_err());
+    }
+}

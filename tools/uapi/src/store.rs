@@ -1,0 +1,183 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! `/dev/pmskbN`: a store.
+
+use std::{
+    fs::{File, OpenOptions},
+    io,
+    os::fd::{AsFd, AsRawFd, BorrowedFd},
+    path::{Path, PathBuf},
+};
+
+use crate::{error, sys, Batch, Error, Mapping, Result};
+
+/// A store, open.
+#[derive(Debug)]
+pub struct Store {
+    file: File,
+    path: PathBuf,
+}
+
+/// A store's counters, in words.
+#[derive(Debug, Clone)]
+pub struct StoreInfo {
+    /// The numbers as the module gives them.
+    pub raw: sys::pmskb_store_info,
+}
+
+/// Names of the reasons why a packet was not placed, by `enum pmskb_unplaced`.
+pub const UNPLACED: [(&str, usize); 6] = [
+    ("no_frame", sys::PMSKB_UNPLACED_NO_FRAME as usize),
+    ("no_head", sys::PMSKB_UNPLACED_NO_HEAD as usize),
+    ("no_mem", sys::PMSKB_UNPLACED_NO_MEM as usize),
+    ("shape", sys::PMSKB_UNPLACED_SHAPE as usize),
+    ("size", sys::PMSKB_UNPLACED_SIZE as usize),
+    ("copy", sys::PMSKB_UNPLACED_COPY as usize),
+];
+
+/// `struct pmskb_counters`.
+pub type Counters = sys::pmskb_counters;
+
+impl StoreInfo {
+    /// The label, as text.
+    pub fn label(&self) -> String {
+        text(&self.raw.label)
+    }
+}
+
+/// A NUL-padded label as text.
+pub fn text(label: &[u8]) -> String {
+    let end = label.iter().position(|&b| b == 0).unwrap_or(label.len());
+    String::from_utf8_lossy(&label[..end]).into_owned()
+}
+
+/// `pmskb3`, `/dev/pmskb3` or `3` as the number of a store.
+pub fn minor_of(name: &str) -> Option<u32> {
+    let digits = name.strip_prefix("/dev/").unwrap_or(name);
+    let digits = digits.strip_prefix("pmskb").unwrap_or(digits);
+    if digits.is_empty() || !digits.bytes().all(|b| b.is_ascii_digit()) {
+        return None;
+    }
+    digits.parse().ok()
+}
+
+/// The numbers of all attached stores, in order.
+pub fn attached() -> Vec<u32> {
+    let mut minors: Vec<u32> = std::fs::read_dir("/dev")
+        .into_iter()
+        .flatten()
+        .filter_map(|e| {
+            let name = e.ok()?.file_name();
+            minor_of(name.to_str()?.strip_prefix("pmskb")?)
+        })
+        .collect();
+    minors.sort_unstable();
+    minors
+}
+
+impl Store {
+    /// Opens `/dev/pmskb{minor}`.
+    pub fn open_minor(minor: u32) -> Result<Self> {
+        Self::open(Path::new(&format!("/dev/pmskb{minor}")))
+    }
+
+    /// Opens a store's device node.
+    ///
+    /// For reading and writing, if that is allowed: only who may write can submit.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = match OpenOptions::new().read(true).write(true).open(path) {
+            Err(e) if e.kind() == io::ErrorKind::PermissionDenied => File::open(path),
+            r => r,
+        };
+        let file = file.map_err(|e| {
+            Error::new(format!("cannot open {}", path.display()), e, error::OPEN_STORE)
+        })?;
+        Ok(Self { file, path: path.to_owned() })
+    }
+
+    /// The path that it was opened with.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Its numbers, now.
+    pub fn info(&self) -> Result<StoreInfo> {
+        let mut raw = sys::pmskb_store_info::default();
+        // SAFETY: the request writes a struct pmskb_store_info.
+        unsafe { self.ioctl(sys::IOC_INFO, std::ptr::from_mut(&mut raw)) }.map_err(|e| {
+            const NO_STORE: (i32, &str) =
+                (libc::ENOTTY, "this is not a store's device node: give /dev/pmskbN");
+            Error::new(format!("cannot read the counters of {}", self.path.display()), e, &[NO_STORE])
+        })?;
+        Ok(StoreInfo { raw })
+    }
+
+    /// Maps what of it can be mapped, to be read.
+    pub fn map(&self) -> Result<Mapping> {
+        let len = self.info()?.raw.map_len;
+        Mapping::new(&self.file, len)
+            .map_err(|e| Error::new(format!("cannot map {}", self.path.display()), e, error::SUBMIT))
+    }
+
+    /// Attaches a TCP socket, connected or listening. What a listening one
+    /// accepts from then on is attached, too.
+    pub fn attach_socket(&self, socket: BorrowedFd<'_>) -> Result<()> {
+        let mut fd = socket.as_raw_fd();
+        // SAFETY: the request reads an int.
+        unsafe { self.ioctl(sys::IOC_ATTACH_SOCKET, std::ptr::from_mut(&mut fd)) }.map_err(|e| {
+            let what = format!("cannot attach a socket to {}", self.path.display());
+            Error::new(what, e, error::ATTACH_SOCKET)
+        })
+    }
+
+    /// Submits a batch. When this returns, what succeeded is durable;
+    /// [`Batch::outcome`] tells what did. An error means that (a part of) the
+    /// array was refused; its operations' outcomes are that error.
+    pub fn submit(&self, batch: &mut Batch) -> Result<()> {
+        // SAFETY: the request takes a struct pmskb_submit, whose arrays the batch
+        // has just described, and keeps, for the length of the call.
+        batch.submit_with(|arg| unsafe { self.ioctl(sys::IOC_SUBMIT, std::ptr::from_mut(arg)) }).map_err(
+            |e| Error::new(format!("cannot submit to {}", self.path.display()), e, error::SUBMIT),
+        )
+    }
+
+    /// # Safety
+    ///
+    /// `arg` must be valid for what the request does with it.
+    unsafe fn ioctl<T>(&self, request: u32, arg: *mut T) -> io::Result<()> {
+        // SAFETY: as promised by the caller.
+        let r = unsafe { libc::ioctl(self.file.as_raw_fd(), request as libc::Ioctl, arg) };
+        if r < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    }
+}
+
+impl AsFd for Store {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stores_have_names_with_and_without_dev() {
+        for name in ["3", "pmskb3", "/dev/pmskb3"] {
+            assert_eq!(minor_of(name), Some(3), "{name}");
+        }
+        for name in ["", "pmskb", "/dev/pmskb", "pmem0", "pmskb-1", "pmskb3x", "+3"] {
+            assert_eq!(minor_of(name), None, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_missing_store_says_how_to_attach_one() {
+        let e = Store::open(Path::new("/dev/pmskb999999")).unwrap_err();
+        assert!(e.to_string().contains("pmskbctl attach"), "{e}");
+        assert_eq!(e.errno(), libc::ENOENT);
+    }
+}
