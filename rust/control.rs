@@ -39,7 +39,7 @@ unsafe impl Send for Control {}
 unsafe impl Sync for Control {}
 
 static FOPS: Operations<bindings::file_operations> = Operations(bindings::file_operations {
-    owner: crate::THIS_MODULE.as_ptr(),
+    owner: crate::this_module(),
     llseek: Some(bindings::noop_llseek),
     unlocked_ioctl: Some(ioctl),
     compat_ioctl: bindings::compat_ptr_ioctl,

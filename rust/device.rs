@@ -143,7 +143,7 @@ impl PinnedDrop for Node {
 }
 
 static FOPS: Operations<bindings::file_operations> = Operations(bindings::file_operations {
-    owner: crate::THIS_MODULE.as_ptr(),
+    owner: crate::this_module(),
     llseek: Some(llseek),
     read_iter: Some(read_iter),
     splice_read: Some(splice_read),
@@ -463,20 +463,19 @@ unsafe extern "C" fn ioctl(file: *mut bindings::file, cmd: c_uint, arg: c_ulong)
                 let fd = UserSlice::new(UserPtr::from_addr(arg), 4).reader().read()?;
                 attach_socket(store, fd)
             }
-            ext::pmskb_cmd_PMSKB_CMD_SUBMIT => submit(store, UserPtr::from_addr(arg)),
+            ext::pmskb_cmd_PMSKB_CMD_SUBMIT => {
+                crate::submit::ioctl(&store, UserPtr::from_addr(arg))?;
+                Ok(0)
+            }
             _ => Err(ENOTTY),
         }
     })
 }
 
 /// `PMSKB_IOC_ATTACH_SOCKET`.
-fn attach_socket(_store: Arc<Store>, _fd: i32) -> Result<c_long> {
-    Err(ENOTTY)
-}
-
-/// `PMSKB_IOC_SUBMIT`.
-fn submit(_store: Arc<Store>, _arg: UserPtr) -> Result<c_long> {
-    Err(ENOTTY)
+fn attach_socket(store: Arc<Store>, fd: i32) -> Result<c_long> {
+    crate::ulp::attach_fd(&store, fd)?;
+    Ok(0)
 }
 
 /// A structure of the interface: integers without padding.

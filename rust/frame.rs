@@ -168,6 +168,12 @@ impl FrameArea {
         self.pages.get(self.index(frame)?)
     }
 
+    /// Puts a reference that [`Self::get_page`] took and that nobody else got. Any context.
+    pub(crate) fn put_page(&self, page: NonNull<bindings::page>) {
+        // SAFETY: The caller has a reference, over the base reference.
+        unsafe { crate::bindings::pmskb_page_put(page.as_ptr()) };
+    }
+
     /// References on a frame's page over the base reference.
     pub(crate) fn users(&self, frame: Frame) -> u32 {
         self.index(frame).map_or(0, |at| self.pages.users(at))

@@ -5,10 +5,28 @@
 #include <linux/memremap.h>
 #include <linux/mm.h>
 #include <linux/module.h>
+#include <linux/netdevice.h>
 #include <linux/page_ref.h>
 #include <linux/sched/signal.h>
 #include <linux/pipe_fs_i.h>
 #include <linux/splice.h>
+#include <linux/compat.h>
+#include <linux/ipv6.h>
+#include <linux/net.h>
+#include <linux/netfilter.h>
+#include <linux/netfilter_ipv4.h>
+#include <linux/netfilter_ipv6.h>
+#include <linux/pmskb.h>
+#include <linux/skmsg.h>
+#include <linux/workqueue.h>
+#include <net/inet_sock.h>
+#include <net/ip.h>
+#include <net/ipv6.h>
+#include <net/mptcp.h>
+#include <net/net_namespace.h>
+#include <net/netlink.h>
+#include <net/request_sock.h>
+#include <net/tcp.h>
 #include "helpers.h"
 
 static_assert(PMSKB_BLK_OPEN_RW == (__force u32)(BLK_OPEN_READ | BLK_OPEN_WRITE));
@@ -255,4 +273,548 @@ u64 pmskb_now(void)
 bool pmskb_signal_pending(void)
 {
 	return signal_pending(current);
+}
+
+/*
+ * Freed skbs wait on the list of the CPU that allocated them until that CPU
+ * next runs net_rx_action(), which on an idle machine is never. So make each
+ * CPU run it, by a poll that has nothing to do. May sleep.
+ */
+static int pmskb_poll(struct napi_struct *napi, int budget)
+{
+	napi_complete_done(napi, 0);
+	return 0;
+}
+
+static void pmskb_schedule_poll(void *napi)
+{
+	napi_schedule(napi);
+}
+
+int pmskb_flush_deferred_skbs(void)
+{
+	struct net_device *dev = alloc_netdev_dummy(sizeof(struct napi_struct));
+	struct napi_struct *napi;
+	int cpu;
+
+	if (!dev)
+		return -ENOMEM;
+	napi = netdev_priv(dev);
+	netif_napi_add(dev, napi, pmskb_poll);
+	napi_enable(napi);
+	cpus_read_lock();
+	for_each_online_cpu(cpu) {
+		smp_call_function_single(cpu, pmskb_schedule_poll, napi, true);
+		napi_synchronize(napi);
+	}
+	cpus_read_unlock();
+	napi_disable(napi);
+	netif_napi_del(napi);
+	free_netdev(dev);
+	return 0;
+}
+
+/* ---- sockets and packets ---- */
+
+void pmskb_spin_lock_init(spinlock_t *lock)
+{
+	spin_lock_init(lock);
+}
+
+void pmskb_skb_facts(struct sk_buff *skb, bool v6, struct pmskb_skb_facts *f)
+{
+	const struct skb_shared_info *si = skb_shinfo(skb);
+
+	memset(f, 0, sizeof(*f));
+	f->readable = skb_frags_readable(skb);
+	f->shared = skb_shared(skb);
+	f->merged = skb_is_gso(skb) || skb_has_frag_list(skb);
+	f->fraglist_gso = !!(si->gso_type & SKB_GSO_FRAGLIST);
+	f->encapsulated = skb->encapsulation;
+	f->mac_set = skb_mac_header_was_set(skb);
+	f->ip_summed = skb->ip_summed;
+	f->csum = (__force u32)skb->csum;
+	f->csum_complete_sw = skb->csum_complete_sw;
+	f->ifindex = skb->skb_iif;
+	f->iif = v6 ? inet6_iif(skb) : inet_iif(skb);
+	f->sdif = v6 ? inet6_sdif(skb) : inet_sdif(skb);
+	/* With a device that resolves its stamp later, only it can read this. */
+	if (!(si->tx_flags & SKBTX_HW_TSTAMP_NETDEV))
+		f->hwtstamp = ktime_to_ns(skb_hwtstamps(skb)->hwtstamp);
+	/* A sender's departure time is still there on loopback. */
+	if (skb->tstamp_type == SKB_CLOCK_REALTIME)
+		f->tstamp = ktime_to_ns(skb->tstamp);
+}
+
+bool pmskb_pskb_may_pull(struct sk_buff *skb, unsigned int len)
+{
+	return pskb_may_pull(skb, len);
+}
+
+void *pmskb_skb_header_pointer(const struct sk_buff *skb, int off, int len, void *buf)
+{
+	return skb_header_pointer(skb, off, len, buf);
+}
+
+void pmskb_skb_add_rx_frag(struct sk_buff *skb, int i, struct page *page, int off,
+			   int size, unsigned int truesize)
+{
+	skb_add_rx_frag(skb, i, page, off, size, truesize);
+}
+
+unsigned int pmskb_shinfo_size(void)
+{
+	return SKB_DATA_ALIGN(sizeof(struct skb_shared_info));
+}
+
+unsigned int pmskb_max_skb_frags(void)
+{
+	return MAX_SKB_FRAGS;
+}
+
+/* What skb_copy_header() leaves to its caller. */
+void pmskb_skb_take_stamps(struct sk_buff *to, struct sk_buff *from)
+{
+	to->mac_len = from->mac_len;
+	*skb_hwtstamps(to) = *skb_hwtstamps(from);
+	skb_shinfo(to)->tx_flags = skb_shinfo(from)->tx_flags &
+				   (SKBTX_HW_TSTAMP_NETDEV | SKBTX_ANY_TSTAMP);
+	skb_shinfo(to)->tskey = skb_shinfo(from)->tskey;
+}
+
+void pmskb_skb_set_verified(struct sk_buff *skb)
+{
+	skb->ip_summed = CHECKSUM_UNNECESSARY;
+	skb->csum_level = 0;
+}
+
+/* 0: the data is this packet's alone. */
+int pmskb_skb_shared_state(const struct sk_buff *skb)
+{
+	return skb_cloned(skb) || skb_shared(skb);
+}
+
+/* Where the byte at off lies, and how many after it lie there too. */
+void pmskb_skb_part(const struct sk_buff *skb, u32 off, struct pmskb_skb_part *part)
+{
+	const struct skb_shared_info *si = skb_shinfo(skb);
+	u32 start = skb_headlen(skb);
+	int i;
+
+	part->page = NULL;
+	part->off = 0;
+	if (off < start) {
+		part->len = start - off;
+		return;
+	}
+	off -= start;
+	for (i = 0; i < si->nr_frags; i++) {
+		const skb_frag_t *frag = &si->frags[i];
+		u32 size = skb_frag_size(frag);
+
+		if (off < size) {
+			u32 at = skb_frag_off(frag) + off;
+			struct page *page = skb_frag_page(frag);
+
+			part->len = size - off;
+			if (!page)
+				return;
+			/* A frag may be larger than a page: name the page of this byte. */
+			part->page = page + (at >> PAGE_SHIFT);
+			part->off = offset_in_page(at);
+			part->len = min_t(u32, part->len, PAGE_SIZE - part->off);
+			return;
+		}
+		off -= size;
+	}
+	/* In the frag list. */
+	part->len = U32_MAX;
+}
+
+void *pmskb_kmalloc_atomic(size_t size)
+{
+	return kmalloc(size, GFP_ATOMIC | __GFP_NOWARN);
+}
+
+bool pmskb_sock_flag_done(const struct sock *sk)
+{
+	return sock_flag(sk, SOCK_DONE);
+}
+
+bool pmskb_sock_urginline(const struct sock *sk)
+{
+	return sock_flag(sk, SOCK_URGINLINE);
+}
+
+long pmskb_sock_rcvtimeo(const struct sock *sk, bool noblock)
+{
+	return sock_rcvtimeo(sk, noblock);
+}
+
+int pmskb_sock_error(struct sock *sk)
+{
+	return sock_error(sk);
+}
+
+int pmskb_sock_intr_errno(long timeo)
+{
+	return sock_intr_errno(timeo);
+}
+
+struct sk_buff *pmskb_rx_tail(const struct sock *sk)
+{
+	return skb_peek_tail(&sk->sk_receive_queue);
+}
+
+/* As tcp_recvmsg() does after each read. */
+void pmskb_tcp_urg_passed(struct sock *sk)
+{
+	struct tcp_sock *tp = tcp_sk(sk);
+
+	if (unlikely(tp->urg_data) && after(tp->copied_seq, tp->urg_seq)) {
+		WRITE_ONCE(tp->urg_data, 0);
+		tcp_fast_path_check(sk);
+	}
+}
+
+bool pmskb_tcp_at_urg(const struct sock *sk)
+{
+	const struct tcp_sock *tp = tcp_sk(sk);
+
+	return tp->urg_data && tp->urg_seq == tp->copied_seq;
+}
+
+bool pmskb_tcp_in_repair(const struct sock *sk)
+{
+	return tcp_sk(sk)->repair;
+}
+
+u32 pmskb_skb_seq(const struct sk_buff *skb)
+{
+	return TCP_SKB_CB(skb)->seq;
+}
+
+bool pmskb_sk_is_mptcp(const struct sock *sk)
+{
+	return sk_is_mptcp(sk);
+}
+
+bool pmskb_sk_has_psock(const struct sock *sk)
+{
+	bool has;
+
+	rcu_read_lock();
+	has = !!sk_psock(sk);
+	rcu_read_unlock();
+	return has;
+}
+
+struct net *pmskb_sock_net(const struct sock *sk)
+{
+	return sock_net(sk);
+}
+
+void *pmskb_ulp_data(const struct sock *sk)
+{
+	return READ_ONCE(inet_csk(sk)->icsk_ulp_data);
+}
+
+/* Data first: who sees the new operations finds it. */
+void pmskb_ulp_install(struct sock *sk, struct proto *prot, void *data)
+{
+	write_lock_bh(&sk->sk_callback_lock);
+	smp_store_release(&inet_csk(sk)->icsk_ulp_data, data);
+	/* Pairs with the reads of sk_prot without the socket lock. */
+	smp_store_release(&sk->sk_prot, prot);
+	write_unlock_bh(&sk->sk_callback_lock);
+}
+
+void pmskb_ulp_data_set(struct sock *sk, void *data)
+{
+	smp_store_release(&inet_csk(sk)->icsk_ulp_data, data);
+}
+
+const struct proto *pmskb_sk_prot(const struct sock *sk)
+{
+	return smp_load_acquire(&sk->sk_prot);
+}
+
+/* __tcp_set_ulp() takes it away; sending is as on any TCP socket here. */
+void pmskb_sock_get_zc_back(struct sock *sk)
+{
+	if (sk->sk_socket)
+		set_bit(SOCK_SUPPORT_ZC, &sk->sk_socket->flags);
+}
+
+int pmskb_copy_from_sockptr(void *to, sockptr_t from, size_t off, size_t len)
+{
+	return copy_from_sockptr_offset(to, from, off, len) ? -EFAULT : 0;
+}
+
+bool pmskb_compat_syscall(void)
+{
+	return in_compat_syscall();
+}
+
+/* put_cmsg() will not truncate. */
+bool pmskb_cmsg_room(const struct msghdr *msg, int len)
+{
+	size_t need = CMSG_LEN(len);
+
+#ifdef CONFIG_COMPAT
+	if (msg->msg_flags & MSG_CMSG_COMPAT)
+		need = sizeof(struct compat_cmsghdr) + len;
+#endif
+	return msg->msg_control && msg->msg_controllen >= need;
+}
+
+struct socket *pmskb_socket_get(int fd, int *err)
+{
+	return sockfd_lookup(fd, err);
+}
+
+void pmskb_socket_put(struct socket *sock)
+{
+	sockfd_put(sock);
+}
+
+void pmskb_lock_sock(struct sock *sk)
+{
+	lock_sock(sk);
+}
+
+void pmskb_module_put(struct module *module)
+{
+	module_put(module);
+}
+
+void pmskb_module_get_live(struct module *module)
+{
+	__module_get(module);
+}
+
+/* What setsockopt(TCP_ULP) does, security and BPF hooks included. */
+int pmskb_set_ulp(struct socket *sock)
+{
+	char name[] = PMSKB_ULP_NAME;
+
+	return do_sock_setsockopt(sock, false, SOL_TCP, TCP_ULP, KERNEL_SOCKPTR(name),
+				  sizeof(name) - 1);
+}
+
+int pmskb_nla_put(struct sk_buff *skb, int type, int len, const void *data)
+{
+	return nla_put(skb, type, len, data);
+}
+
+size_t pmskb_nla_size(int len)
+{
+	return nla_total_size(len);
+}
+
+u64 pmskb_now_real(void)
+{
+	return ktime_get_real_ns();
+}
+
+static const struct nf_hook_ops pmskb_hooks[] = {
+	{
+		.hook = pmskb_hook_v4,
+		.pf = NFPROTO_IPV4,
+		.hooknum = NF_INET_LOCAL_IN,
+		.priority = PMSKB_HOOK_PRIORITY,
+	}, {
+		.hook = pmskb_hook_v6,
+		.pf = NFPROTO_IPV6,
+		.hooknum = NF_INET_LOCAL_IN,
+		.priority = PMSKB_HOOK_PRIORITY,
+	},
+};
+
+int pmskb_hooks_register(struct net *net)
+{
+	return nf_register_net_hooks(net, pmskb_hooks, ARRAY_SIZE(pmskb_hooks));
+}
+
+void pmskb_hooks_unregister(struct net *net)
+{
+	nf_unregister_net_hooks(net, pmskb_hooks, ARRAY_SIZE(pmskb_hooks));
+}
+
+static void pmskb_net_reap_work(struct work_struct *work)
+{
+	pmskb_net_reap();
+}
+
+static DECLARE_DELAYED_WORK(pmskb_net_work, pmskb_net_reap_work);
+
+static struct pernet_operations pmskb_net_ops = {
+	.pre_exit = pmskb_net_gone,
+};
+
+int pmskb_net_start(void)
+{
+	return register_pernet_subsys(&pmskb_net_ops);
+}
+
+/* No socket is attached any more; afterwards no hook runs. */
+void pmskb_net_stop(void)
+{
+	unregister_pernet_subsys(&pmskb_net_ops);
+	cancel_delayed_work_sync(&pmskb_net_work);
+	synchronize_net();
+}
+
+/* From any context. Late, so that a server between two sockets keeps its hook. */
+void pmskb_net_reap_later(void)
+{
+	mod_delayed_work(system_dfl_wq, &pmskb_net_work, HZ / 4);
+}
+
+void pmskb_kfree_rcu_ctx(struct rcu_head *head, void *ctx)
+{
+	kvfree_call_rcu(head, ctx);
+}
+
+void pmskb_rcu_settle(void)
+{
+	synchronize_rcu();
+	rcu_barrier();
+}
+
+/* The same in Rust is in ulp.rs: bindgen and the compiler must agree. */
+void pmskb_layout(u32 *out)
+{
+	const u32 layout[PMSKB_LAYOUT_NR] = {
+		sizeof(struct sock),
+		offsetof(struct sock, sk_receive_queue),
+		offsetof(struct sock, sk_rcvlowat),
+		offsetof(struct sock, sk_shutdown),
+		offsetof(struct sock, sk_err),
+		offsetof(struct sock, sk_protocol),
+		offsetof(struct sock, sk_prot_creator),
+		sizeof(struct inet_connection_sock),
+		offsetof(struct inet_connection_sock, icsk_ulp_ops),
+		offsetof(struct inet_connection_sock, icsk_ulp_data),
+		sizeof(struct tcp_sock),
+		offsetof(struct tcp_sock, copied_seq),
+		sizeof(struct proto),
+		offsetof(struct proto, recvmsg),
+		offsetof(struct proto, setsockopt),
+		offsetof(struct proto, owner),
+		sizeof(struct tcp_ulp_ops),
+		offsetof(struct tcp_ulp_ops, owner),
+		sizeof(struct nf_hook_state),
+		offsetof(struct nf_hook_state, net),
+	};
+
+	memcpy(out, layout, sizeof(layout));
+}
+
+u32 pmskb_wsum_add(u32 sum, u32 next, int offset)
+{
+	return (__force u32)csum_block_add((__force __wsum)sum, (__force __wsum)next, offset);
+}
+
+void pmskb_skb_queued_facts(struct sk_buff *skb, struct pmskb_skb_facts *f)
+{
+	const struct skb_shared_info *si = skb_shinfo(skb);
+
+	memset(f, 0, sizeof(*f));
+	f->readable = skb_frags_readable(skb);
+	if (!(si->tx_flags & SKBTX_HW_TSTAMP_NETDEV))
+		f->hwtstamp = ktime_to_ns(skb_hwtstamps(skb)->hwtstamp);
+	if (TCP_SKB_CB(skb)->has_rxtstamp && skb->tstamp_type == SKB_CLOCK_REALTIME)
+		f->tstamp = ktime_to_ns(skb->tstamp);
+}
+
+/* The socket itself, or a request's listener; NULL for a time-wait one. */
+struct sock *pmskb_full_sock(struct sock *sk)
+{
+	if (sk_fullsock(sk))
+		return sk;
+	if (sk->sk_state == TCP_NEW_SYN_RECV)
+		return READ_ONCE(inet_reqsk(sk)->rsk_listener);
+	return NULL;
+}
+
+void pmskb_flow(const struct sock *sk, struct pmskb_flow *flow)
+{
+	const struct inet_sock *inet = inet_sk(sk);
+
+	memset(flow, 0, sizeof(*flow));
+	flow->peer_port = ntohs(inet->inet_dport);
+	flow->local_port = ntohs(inet->inet_sport);
+#if IS_ENABLED(CONFIG_IPV6)
+	if (sk->sk_family == AF_INET6 && !ipv6_addr_v4mapped(&sk->sk_v6_daddr)) {
+		flow->version = 6;
+		memcpy(flow->peer, &sk->sk_v6_daddr, 16);
+		memcpy(flow->local, &sk->sk_v6_rcv_saddr, 16);
+		return;
+	}
+#endif
+	flow->version = 4;
+	memcpy(flow->peer, &inet->inet_daddr, 4);
+	memcpy(flow->local, &inet->inet_rcv_saddr, 4);
+}
+
+bool pmskb_is_tcp(const struct socket *sock)
+{
+	const struct sock *sk = sock->sk;
+
+	return sk && sk_is_tcp(sk) && sk->sk_protocol == IPPROTO_TCP;
+}
+
+u8 pmskb_sk_state(const struct sock *sk)
+{
+	return inet_sk_state_load(sk);
+}
+
+bool pmskb_sk_rcv_shutdown(const struct sock *sk)
+{
+	return READ_ONCE(sk->sk_shutdown) & RCV_SHUTDOWN;
+}
+
+struct sock *pmskb_socket_sk(const struct socket *sock)
+{
+	return sock->sk;
+}
+
+/* What was received and not read is lost. True if there was anything. */
+bool pmskb_sk_drop_queues(struct sock *sk)
+{
+	struct tcp_sock *tp = tcp_sk(sk);
+	struct sk_buff *skb;
+	struct rb_node *node;
+	bool any = false;
+
+	while ((skb = __skb_dequeue(&sk->sk_receive_queue))) {
+		kfree_skb(skb);
+		any = true;
+	}
+	while ((node = rb_first(&tp->out_of_order_queue))) {
+		skb = rb_to_skb(node);
+		rb_erase(node, &tp->out_of_order_queue);
+		kfree_skb(skb);
+		any = true;
+	}
+	tp->ooo_last_skb = NULL;
+	return any;
+}
+
+bool pmskb_sock_tryget(struct sock *sk)
+{
+	return refcount_inc_not_zero(&sk->sk_refcnt);
+}
+
+void pmskb_sk_prot_set(struct sock *sk, struct proto *prot)
+{
+	WRITE_ONCE(sk->sk_prot, prot);
+}
+
+/* A child that nobody knows yet becomes a plain TCP socket. */
+void pmskb_ulp_forget(struct sock *sk, struct proto *prot)
+{
+	inet_csk(sk)->icsk_ulp_ops = NULL;
+	WRITE_ONCE(sk->sk_prot, prot);
 }

@@ -61,6 +61,7 @@ struct pmskb_node {
 const struct attribute_group **pmskb_node_groups(void);
 u64 pmskb_now(void);
 bool pmskb_signal_pending(void);
+int pmskb_flush_deferred_skbs(void);
 enum pmskb_cmd {
 	PMSKB_CMD_FORMAT = PMSKB_IOC_FORMAT,
 	PMSKB_CMD_ATTACH = PMSKB_IOC_ATTACH,
@@ -70,5 +71,124 @@ enum pmskb_cmd {
 	PMSKB_CMD_SUBMIT = PMSKB_IOC_SUBMIT,
 };
 const char *pmskb_attach_param(void);
+
+/* Sockets and packets. */
+struct sock;
+struct socket;
+struct msghdr;
+struct net;
+struct tcp_ulp_ops;
+struct nf_hook_state;
+struct proto;
+struct module;
+
+/* What placement asks of a packet, read at once. */
+struct pmskb_skb_facts {
+	u64 hwtstamp;		/* device's stamp, 0: none */
+	u64 tstamp;		/* CLOCK_REALTIME, 0: none */
+	u32 csum;		/* for CHECKSUM_COMPLETE */
+	int ifindex;
+	int iif;		/* for the socket lookup */
+	int sdif;
+	u8 ip_summed;
+	u8 csum_complete_sw;	/* csum was computed by this host */
+	u8 merged;		/* GSO or GRO, or has a frag list */
+	u8 fraglist_gso;
+	u8 readable;
+	u8 shared;
+	u8 encapsulated;
+	u8 mac_set;
+};
+
+/* One part of a packet in a receive queue. */
+struct pmskb_skb_part {
+	struct page *page;	/* NULL: not in a page frag */
+	u32 off;		/* in the page */
+	u32 len;
+};
+
+/* Addresses as on the wire, ports as numbers. */
+struct pmskb_flow {
+	u8 version;
+	u8 peer[16];
+	u8 local[16];
+	u16 peer_port;
+	u16 local_port;
+};
+
+#define PMSKB_LAYOUT_NR 20
+/*
+ * After source NAT at LOCAL_IN (100), which changes what a socket is looked up by; before
+ * what modules of rules, connection tracking helpers and its confirm do later.
+ */
+#define PMSKB_HOOK_PRIORITY 150
+
+void pmskb_spin_lock_init(spinlock_t *lock);
+void pmskb_skb_facts(struct sk_buff *skb, bool v6, struct pmskb_skb_facts *f);
+bool pmskb_pskb_may_pull(struct sk_buff *skb, unsigned int len);
+void *pmskb_skb_header_pointer(const struct sk_buff *skb, int off, int len, void *buf);
+void pmskb_skb_add_rx_frag(struct sk_buff *skb, int i, struct page *page, int off,
+			   int size, unsigned int truesize);
+unsigned int pmskb_shinfo_size(void);
+unsigned int pmskb_max_skb_frags(void);
+void pmskb_skb_take_stamps(struct sk_buff *to, struct sk_buff *from);
+void pmskb_skb_set_verified(struct sk_buff *skb);
+int pmskb_skb_shared_state(const struct sk_buff *skb);
+void pmskb_skb_part(const struct sk_buff *skb, u32 off, struct pmskb_skb_part *part);
+void *pmskb_kmalloc_atomic(size_t size);
+bool pmskb_sock_flag_done(const struct sock *sk);
+bool pmskb_sock_urginline(const struct sock *sk);
+long pmskb_sock_rcvtimeo(const struct sock *sk, bool noblock);
+int pmskb_sock_error(struct sock *sk);
+int pmskb_sock_intr_errno(long timeo);
+struct sk_buff *pmskb_rx_tail(const struct sock *sk);
+void pmskb_tcp_urg_passed(struct sock *sk);
+bool pmskb_tcp_at_urg(const struct sock *sk);
+bool pmskb_tcp_in_repair(const struct sock *sk);
+u32 pmskb_skb_seq(const struct sk_buff *skb);
+bool pmskb_sk_is_mptcp(const struct sock *sk);
+bool pmskb_sk_has_psock(const struct sock *sk);
+struct net *pmskb_sock_net(const struct sock *sk);
+void *pmskb_ulp_data(const struct sock *sk);
+void pmskb_ulp_install(struct sock *sk, struct proto *prot, void *data);
+void pmskb_ulp_data_set(struct sock *sk, void *data);
+const struct proto *pmskb_sk_prot(const struct sock *sk);
+void pmskb_sock_get_zc_back(struct sock *sk);
+int pmskb_copy_from_sockptr(void *to, sockptr_t from, size_t off, size_t len);
+bool pmskb_compat_syscall(void);
+bool pmskb_cmsg_room(const struct msghdr *msg, int len);
+struct socket *pmskb_socket_get(int fd, int *err);
+void pmskb_socket_put(struct socket *sock);
+void pmskb_lock_sock(struct sock *sk);
+void pmskb_module_put(struct module *module);
+void pmskb_module_get_live(struct module *module);
+int pmskb_set_ulp(struct socket *sock);
+int pmskb_nla_put(struct sk_buff *skb, int type, int len, const void *data);
+size_t pmskb_nla_size(int len);
+u64 pmskb_now_real(void);
+int pmskb_net_start(void);
+void pmskb_net_stop(void);
+void pmskb_net_reap_later(void);
+int pmskb_hooks_register(struct net *net);
+void pmskb_hooks_unregister(struct net *net);
+void pmskb_kfree_rcu_ctx(struct rcu_head *head, void *ctx);
+void pmskb_layout(u32 *out);
+void pmskb_rcu_settle(void);
+u32 pmskb_wsum_add(u32 sum, u32 next, int offset);
+void pmskb_skb_queued_facts(struct sk_buff *skb, struct pmskb_skb_facts *f);
+struct sock *pmskb_full_sock(struct sock *sk);
+void pmskb_flow(const struct sock *sk, struct pmskb_flow *flow);
+bool pmskb_is_tcp(const struct socket *sock);
+unsigned int pmskb_hook_v4(void *priv, struct sk_buff *skb, const struct nf_hook_state *state);
+unsigned int pmskb_hook_v6(void *priv, struct sk_buff *skb, const struct nf_hook_state *state);
+void pmskb_net_reap(void);
+void pmskb_net_gone(struct net *net);
+u8 pmskb_sk_state(const struct sock *sk);
+bool pmskb_sk_rcv_shutdown(const struct sock *sk);
+struct sock *pmskb_socket_sk(const struct socket *sock);
+bool pmskb_sk_drop_queues(struct sock *sk);
+bool pmskb_sock_tryget(struct sock *sk);
+void pmskb_sk_prot_set(struct sock *sk, struct proto *prot);
+void pmskb_ulp_forget(struct sock *sk, struct proto *prot);
 
 #endif

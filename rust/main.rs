@@ -14,6 +14,7 @@
 //! | `receive.rs` | packet descriptors |
 //! | `token.rs` | a socket's holds |
 //! | `submit.rs` | arrays of operations: put, delete, release |
+//! | `uapi.rs` | structures of the interface |
 //! | `control.rs` | `/dev/pmskb`: format, attach, detach |
 //! | `device.rs` | `/dev/pmskbN`: map, read, splice, ioctl |
 //! | `store.rs` | a formatted region, attached |
@@ -33,15 +34,28 @@ mod device;
 mod frame;
 mod head;
 mod lock;
+mod note;
 mod page;
+mod place;
+// What only the other host uses (readers, offline images) is no dead code of the core's.
+#[allow(dead_code, unused_imports)]
 #[path = "core/mod.rs"]
 mod pm;
+mod receive;
 mod region;
+mod skb;
+mod sock;
 mod store;
+mod submit;
+mod token;
+mod uapi;
+mod ulp;
 mod vma;
 
 #[pin_data]
 struct Pmskb {
+    /// Goes first: nobody places packets any more.
+    ulp: ulp::Registered,
     #[pin]
     control: control::Control,
 }
@@ -59,10 +73,21 @@ impl kernel::InPlaceModule for Pmskb {
         store::init();
         device::init();
         try_pin_init!(Self {
+            ulp: ulp::Registered::new()?,
             control <- control::Control::new(),
+            // Last: it cannot be undone if the module fails to load after it.
             _: { control::attach_param() },
         }? Error)
     }
+}
+
+/// `THIS_MODULE` of C; null if built in. The kernel crate's own is in a different place in each
+/// series.
+const fn this_module() -> *mut kernel::bindings::module {
+    #[cfg(MODULE)]
+    return core::ptr::addr_of!(kernel::bindings::__this_module).cast_mut();
+    #[cfg(not(MODULE))]
+    return core::ptr::null_mut();
 }
 
 /// The errno of an error of the core.

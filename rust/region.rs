@@ -44,7 +44,8 @@ use kernel::{
 
 /// Bytes of a page, and of a frame.
 pub(crate) const PAGE: usize = kernel::page::PAGE_SIZE;
-const PAGE_SHIFT: u32 = PAGE.trailing_zeros();
+/// Its logarithm.
+pub(crate) const PAGE_SHIFT: u32 = PAGE.trailing_zeros();
 /// Bytes written back at once.
 pub(crate) const LINE: usize = 64;
 /// No device is larger, and no page number of ours overflows.
@@ -560,6 +561,15 @@ impl Region {
 
         let mut bad = KVVec::new();
         claim.find_bad(0, pages, &mut bad)?;
+        // Not every driver looks, but memory that failed since boot is marked.
+        for at in 0..pages {
+            // SAFETY: There are struct pages.
+            let poisoned = unsafe { ext::pmskb_page_is_poisoned(ext::pmskb_pfn_to_page(pfn + at)) };
+            if poisoned {
+                bad.push(u32::try_from(at)?, GFP_KERNEL)?;
+            }
+        }
+        bad.sort_unstable();
 
         let base = NonNull::new(base).ok_or(EIO)?;
         let holder = claim.holder.take().ok_or(EIO)?;
@@ -639,6 +649,17 @@ impl Region {
     /// Cache lines written back and fences, since the claim.
     pub(crate) fn written_back(&self) -> (u64, u64) {
         (self.lines.load(Relaxed), self.fences.load(Relaxed))
+    }
+
+    /// Fills a range with zeros, which need not be durable. Process context.
+    pub(crate) fn clear(&self, off: u64, len: u64) {
+        let Ok(len) = usize::try_from(len) else {
+            return;
+        };
+        if let Ok(to) = self.range(off, len) {
+            // SAFETY: In the mapping.
+            unsafe { ptr::write_bytes(to, 0, len) };
+        }
     }
 
     /// The memory is about to go: every access fails from now on.

@@ -397,22 +397,31 @@ impl Store {
     fn remove(self: &Arc<Self>) {
         self.state.store(STOPPING, Relaxed);
         self.wait_for_users();
-        self.mappings.zap();
+        self.mappings.zap_all();
         if let Some(hook) = REMOVAL_HOOK.as_ref() {
             hook(self);
         }
         let mut waited = 0u32;
+        flush_deferred();
         while let Err(busy) = self.release() {
+            flush_deferred();
             if waited % 10_000 == 0 && waited != 0 {
                 pr_warn!("pmskb{}: device removed, {busy} pages still in use\n", self.minor);
             }
-            sleep_ms(10);
-            waited = waited.saturating_add(10);
+            sleep_ms(50);
+            waited = waited.saturating_add(50);
         }
         self.region.set_gone();
         self.state.store(DEAD, Relaxed);
         pr_info!("pmskb{}: device removed\n", self.minor);
     }
+}
+
+/// Gives back the pages of skbs that were freed, but only onto a CPU's list. May sleep.
+fn flush_deferred() {
+    // Without memory for it they come back with the next traffic.
+    // SAFETY: Called where it may sleep.
+    let _ = unsafe { ext::pmskb_flush_deferred_skbs() };
 }
 
 fn sleep_ms(ms: u32) {
@@ -448,6 +457,8 @@ fn failed(holder: &Arc<Holder>, failure: Failure) {
             for page in first..first.saturating_add(count) {
                 store.frames.mark_bad(pm::Frame(page));
             }
+            // What is mapped there faults from now on.
+            store.mappings.zap(first.into(), count.into());
         }
     }
 }
@@ -522,7 +533,9 @@ pub(crate) fn attach<T>(
         }
     };
     let work = KVVec::from_elem(0u64, Core::WORK_WORDS, GFP_KERNEL)?;
-    let options = pm::RecoverOptions { read_only: false };
+    let options = pm::RecoverOptions {
+        read_only: probe.read_only,
+    };
     let media = Media(region.clone());
     let (core, report) =
         Core::recover(media, frames.clone(), work, options).map_err(crate::errno)?;
@@ -552,7 +565,7 @@ pub(crate) fn attach<T>(
     let published = publish(&store).inspect_err(|_| forget(&store))?;
     // Like a mounted file system: the module stays while there is a store.
     // SAFETY: We are running in it.
-    unsafe { bindings::__module_get(crate::THIS_MODULE.as_ptr()) };
+    unsafe { bindings::__module_get(crate::this_module()) };
     pr_info!(
         "pmskb{minor}: attached, {} records, {} MiB\n",
         report.records,
@@ -608,15 +621,20 @@ pub(crate) fn detach(minor: u32, timeout_ms: u32, unpublish: impl FnOnce(&Arc<St
             ms => ms.min(DETACH_MAX_MS),
         };
         while store.busy() > 0 {
+            flush_deferred();
+            if store.busy() == 0 {
+                break;
+            }
             if left == 0 {
                 pr_info!("pmskb{minor}: not detached: {} pages in use\n", store.busy());
                 return back(EBUSY);
             }
-            let now = left.min(5);
+            let now = left.min(20);
             sleep_ms(now);
             left -= now;
         }
     }
+    let geo = store.geometry;
     unpublish(&store);
     if let Some(core) = store.core.lock().take() {
         if !dead {
@@ -632,10 +650,14 @@ pub(crate) fn detach(minor: u32, timeout_ms: u32, unpublish: impl FnOnce(&Arc<St
         sleep_ms(1);
     }
     forget(&store);
+    if !dead {
+        // Kernel pointers are nobody else's business.
+        store.region.clear(geo.head_off, geo.head_len);
+    }
     store.region.close();
     pr_info!("pmskb{minor}: detached\n");
     // SAFETY: Taken at attach. The caller is in the module by an open control file.
-    unsafe { bindings::module_put(crate::THIS_MODULE.as_ptr()) };
+    unsafe { bindings::module_put(crate::this_module()) };
     Ok(())
 }
 

@@ -5,7 +5,7 @@
 //! All of them hang on one `address_space`, whichever node of the store was opened, so that one
 //! call reaches all. It is that of an anonymous inode, kept by a file of our own.
 
-use crate::bindings as ext;
+use crate::{bindings as ext, region::PAGE_SHIFT};
 use core::ptr::{self, NonNull};
 use kernel::{
     bindings, c_str,
@@ -16,7 +16,7 @@ use kernel::{
 
 /// Operations of the file that keeps the inode: none, but it keeps the module.
 static FOPS: Operations<bindings::file_operations> = Operations(bindings::file_operations {
-    owner: crate::THIS_MODULE.as_ptr(),
+    owner: crate::this_module(),
     ..pin_init::zeroed()
 });
 
@@ -60,10 +60,21 @@ impl Mappings {
         unsafe { (*file).f_mapping = (*self.0.as_ptr()).f_mapping };
     }
 
-    /// Removes all page table entries of all mappings. What is touched next faults. May sleep.
-    pub(crate) fn zap(&self) {
-        // SAFETY: Our file is open, so its mapping exists. 0 as length: to the end.
-        unsafe { bindings::unmap_mapping_range((*self.0.as_ptr()).f_mapping, 0, 0, 1) };
+    /// Removes the page table entries of `count` pages from page `first` of the store, in all
+    /// mappings. What is touched next faults. May sleep.
+    pub(crate) fn zap(&self, first: u64, count: u64) {
+        let (first, count) = (first << PAGE_SHIFT, count << PAGE_SHIFT);
+        // SAFETY: Our file is open, so its mapping exists.
+        unsafe {
+            let mapping = (*self.0.as_ptr()).f_mapping;
+            bindings::unmap_mapping_range(mapping, first as i64, count as i64, 1);
+        }
+    }
+
+    /// As [`Self::zap`], of all pages.
+    pub(crate) fn zap_all(&self) {
+        // A length of 0 is to the end.
+        self.zap(0, 0);
     }
 }
 
@@ -94,7 +105,7 @@ pub(crate) unsafe fn make_readonly(vma: *mut bindings::vm_area_struct) -> Result
 /// # Safety
 ///
 /// `vmf` is a fault of a mapping that [`make_readonly`] made; the page stays there until
-/// [`Mappings::zap`].
+/// [`Mappings::zap_all`].
 pub(crate) unsafe fn insert(vmf: *mut bindings::vm_fault, pfn: usize) -> bindings::vm_fault_t {
     // SAFETY: The caller's.
     unsafe {

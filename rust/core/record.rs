@@ -317,6 +317,9 @@ impl FrameHeader {
         let crc = pm.crc32c(0, raw.get(4..).ok_or(Error::Invalid)?);
         put(&mut raw, 0, &crc.to_le_bytes())?;
         pm.write(self.off, &raw)?;
+        if cfg!(pmskb_break = "header_flush") {
+            return Ok(());
+        }
         pm.flush(self.off, LINE_SIZE)
     }
 
@@ -819,7 +822,9 @@ pub(super) fn write_lists<P: Pmem>(
         put(&mut raw, 0, &out.crc.to_le_bytes())?;
         let end = out.at;
         pm.write(at, &raw)?;
-        pm.flush(at, end - at)?;
+        if !cfg!(pmskb_break = "list_flush") {
+            pm.flush(at, end - at)?;
+        }
         flushed(at, end - at);
         at = next;
     }

@@ -566,6 +566,9 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         let word = self.pm.load(at)?;
         let word = if used { word | bit } else { word & !bit };
         self.pm.store(at, word)?;
+        if cfg!(pmskb_break = "map_flush") {
+            return Ok(());
+        }
         self.flush(at, 8)
     }
 
@@ -609,6 +612,9 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
     fn commit_staged(&mut self) -> Result<()> {
         self.store_kills()?;
         let closed = self.close_empty()?;
+        if cfg!(pmskb_break = "early_release") {
+            self.release_pending()?;
+        }
         if cfg!(pmskb_break = "fence1") {
             self.unfenced = false;
         }

@@ -1,0 +1,813 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The LOCAL_IN hook: moves a packet's bytes into frames.
+//!
+//! One pass over the payload: the copy, and with it the checksum where it cannot be had without.
+//! The skb stays the same, so every later hook, and TCP, go on with it; it only gets a new body:
+//! a head without tailroom, and one fragment a frame. Whatever does not work out leaves the packet
+//! as it was, and is counted; nothing is dropped.
+//!
+//! # Where the hook is
+//!
+//! After source NAT at LOCAL_IN, because a socket is looked up by the addresses that it has
+//! then; before connection tracking's helpers and confirm, which see the placed packet. Rules
+//! that drop packets mostly come earlier, so what they drop costs no frames.
+//!
+//! # Checksums
+//!
+//! A segment that arrived alone and whose checksum the device found right tells its payload's
+//! sum by its headers ([`derive`]). The first ones of a socket, and then one in 64, are computed
+//! too; if they differ, that device's word is not taken any more ([`Distrusted`]).
+//!
+//! # Lock order
+//!
+//! `Ctx::rx`, then the locks of frames and heads. `HOOKS` before any socket's lock.
+
+use crate::{
+    bindings as ext,
+    frame::{Frame, FrameArea},
+    note::{self, Note},
+    pm::csum::{self, Sum},
+    region::PAGE,
+    skb::{
+        self, Arriving, Facts, Fresh, Head, CHECKSUM_COMPLETE, CHECKSUM_NONE, CHECKSUM_UNNECESSARY,
+    },
+    sock::{self, Family, Found, Tuple},
+    store::Store,
+    ulp::Rx,
+};
+use core::mem::MaybeUninit;
+use kernel::{
+    bindings,
+    error::to_result,
+    ffi::{c_uint, c_void},
+    prelude::*,
+    sync::{
+        atomic::{Atomic, Full, Relaxed},
+        Arc,
+    },
+};
+
+/// Fragments that we give a packet, at most: 64 KiB that start anywhere in a frame.
+const MAX_PIECES: usize = 17;
+/// Headers that we copy: the longest IPv4 and TCP headers and more; and of the link layer.
+const MAX_HEADERS: u32 = 512;
+const MAX_LINK: usize = 128;
+/// Of those that need not be computed, the first so many of a socket are, and then one in so many.
+const SAMPLE_FIRST: u64 = 8;
+const SAMPLE_EVERY: u64 = 64;
+
+/// Why a packet was not placed: `enum pmskb_unplaced`.
+#[derive(Clone, Copy)]
+pub(crate) struct Unplaced(u32);
+
+impl Unplaced {
+    const NO_FRAME: Self = Self(ext::pmskb_unplaced_PMSKB_UNPLACED_NO_FRAME);
+    const NO_HEAD: Self = Self(ext::pmskb_unplaced_PMSKB_UNPLACED_NO_HEAD);
+    const NO_MEM: Self = Self(ext::pmskb_unplaced_PMSKB_UNPLACED_NO_MEM);
+    const SHAPE: Self = Self(ext::pmskb_unplaced_PMSKB_UNPLACED_SHAPE);
+    const SIZE: Self = Self(ext::pmskb_unplaced_PMSKB_UNPLACED_SIZE);
+    const COPY: Self = Self(ext::pmskb_unplaced_PMSKB_UNPLACED_COPY);
+}
+
+// ---- the cursor ----
+
+/// Where a socket's next byte goes: a frame, held, and a position in it.
+pub(crate) struct Cursor {
+    frame: Option<Frame>,
+    pos: u32,
+    notes: u32,
+    /// The frame that was filled last; the next should be the one after it.
+    last: Option<Frame>,
+}
+
+/// A part of a frame, for a part of a packet.
+#[derive(Clone, Copy)]
+pub(crate) struct Span {
+    pub(crate) frame: Frame,
+    pub(crate) off: u32,
+    pub(crate) len: u32,
+}
+
+/// Room for one packet. Its new frames are held; [`Cursor::commit`] or [`Cursor::cancel`] it.
+pub(crate) struct Room {
+    spans: [Span; MAX_PIECES],
+    count: usize,
+    /// The first span is in the cursor's frame, where it was.
+    continues: bool,
+}
+
+impl Room {
+    pub(crate) fn spans(&self) -> &[Span] {
+        self.spans.get(..self.count).unwrap_or(&[])
+    }
+
+    /// The spans as runs of memory: `f` is given the bytes of each run and its offset in the
+    /// packet. Frames that follow each other are one run.
+    ///
+    /// The caller has the spans for itself: nobody looks at a frame's bytes before a packet or a
+    /// descriptor says that they are there.
+    pub(crate) fn fill(
+        &self,
+        area: &FrameArea,
+        mut f: impl FnMut(u32, &mut [MaybeUninit<u8>]) -> Result,
+    ) -> Result {
+        let mut done = 0;
+        let mut at = 0;
+        while let Some(first) = self.spans().get(at) {
+            let start = area.addr(first.frame).ok_or(EFAULT)?;
+            let mut len = first.len as usize;
+            at += 1;
+            while let Some(next) = self.spans().get(at) {
+                let addr = area.addr(next.frame).ok_or(EFAULT)?;
+                if start.as_ptr() as usize + first.off as usize + len != addr.as_ptr() as usize {
+                    break;
+                }
+                len += next.len as usize;
+                at += 1;
+            }
+            // SAFETY: The spans are within their frames, which are mapped one after the other, are
+            // held, and lie above what the cursor has given out before.
+            let bytes = unsafe {
+                core::slice::from_raw_parts_mut(
+                    start
+                        .as_ptr()
+                        .add(first.off as usize)
+                        .cast::<MaybeUninit<u8>>(),
+                    len,
+                )
+            };
+            f(done, bytes)?;
+            done += len as u32;
+        }
+        Ok(())
+    }
+}
+
+impl Cursor {
+    /// No frame yet.
+    pub(crate) const fn new() -> Self {
+        Self {
+            frame: None,
+            pos: 0,
+            notes: 0,
+            last: None,
+        }
+    }
+
+    /// The cursor, leaving an empty one.
+    pub(crate) fn take(&mut self) -> Self {
+        core::mem::replace(self, Self::new())
+    }
+
+    /// Bytes that fit into one frame, the cursor's or a fresh one.
+    pub(crate) fn left(&self) -> u32 {
+        if self.frame.is_some() && self.pos < PAGE as u32 && self.notes < note::MAX {
+            PAGE as u32 - self.pos
+        } else {
+            PAGE as u32
+        }
+    }
+
+    /// Lets go of the frame. Any context but hard interrupts.
+    pub(crate) fn release(&mut self, area: &FrameArea) {
+        if let Some(frame) = self.frame.take() {
+            // It has our hold.
+            let _ = area.unhold(frame);
+        }
+        *self = Self::new();
+    }
+
+    /// Finds room for `len` bytes, memory for the notes included. Softirq, or process context.
+    pub(crate) fn reserve(&mut self, area: &FrameArea, len: u32) -> Result<Room, Unplaced> {
+        let max = MAX_PIECES.min(skb::max_frags());
+        let mut room = Room {
+            spans: [Span {
+                frame: Frame(0),
+                off: 0,
+                len: 0,
+            }; MAX_PIECES],
+            count: 0,
+            continues: false,
+        };
+        let mut left = len;
+        let mut near = self.last;
+        if let Some(frame) = self.frame {
+            near = Some(frame);
+            if self.pos < PAGE as u32 && self.notes < note::MAX {
+                if !note::reserve(area, frame, self.notes) {
+                    return Err(Unplaced::NO_MEM);
+                }
+                let len = left.min(PAGE as u32 - self.pos);
+                room.push(frame, self.pos, len);
+                room.continues = true;
+                left -= len;
+            }
+        }
+        while left > 0 {
+            if room.count == max {
+                self.cancel(area, room);
+                return Err(Unplaced::SIZE);
+            }
+            let Some(frame) = area.alloc(near) else {
+                self.cancel(area, room);
+                return Err(Unplaced::NO_FRAME);
+            };
+            let len = left.min(PAGE as u32);
+            room.push(frame, 0, len);
+            if !note::reserve(area, frame, 0) {
+                self.cancel(area, room);
+                return Err(Unplaced::NO_MEM);
+            }
+            near = Some(frame);
+            left -= len;
+        }
+        Ok(room)
+    }
+
+    /// Gives room back that was not used.
+    pub(crate) fn cancel(&self, area: &FrameArea, room: Room) {
+        for span in room.spans().iter().skip(usize::from(room.continues)) {
+            // `alloc` gave the hold.
+            let _ = area.unhold(span.frame);
+        }
+    }
+
+    /// The room is used: notes its parts, and goes on after it. `note` is the whole packet's.
+    /// References on the pages have been taken: frames that are full are let go of here.
+    pub(crate) fn commit(&mut self, area: &FrameArea, room: Room, note: &Note) {
+        let mut done = 0;
+        for (at, span) in room.spans().iter().enumerate() {
+            let mut part = note.part(done, span.len);
+            part.offset = span.off as u16;
+            note::push(area, span.frame, part);
+            done += span.len;
+            if at == 0 && room.continues {
+                self.notes += 1;
+            } else {
+                if let Some(full) = self.frame.replace(span.frame) {
+                    let _ = area.unhold(full);
+                }
+                self.notes = 1;
+            }
+            self.pos = span.off + span.len;
+        }
+        self.last = self.frame;
+    }
+}
+
+impl Room {
+    fn push(&mut self, frame: Frame, off: u32, len: u32) {
+        if let Some(span) = self.spans.get_mut(self.count) {
+            *span = Span { frame, off, len };
+            self.count += 1;
+        }
+    }
+}
+
+// ---- devices whose word is not taken ----
+
+/// Devices that called a wrong checksum right. A device is its interface's number and its network
+/// namespace's address, mixed; if two of them look the same, both are computed.
+struct Distrusted {
+    keys: [Atomic<u64>; 16],
+    /// There were more than that: nobody is trusted.
+    all: Atomic<u32>,
+}
+
+static DISTRUSTED: Distrusted = Distrusted {
+    keys: [const { Atomic::new(0) }; 16],
+    all: Atomic::new(0),
+};
+
+impl Distrusted {
+    fn key(net: *mut ext::net, ifindex: i32) -> u64 {
+        (net as u64 ^ (u64::from(ifindex as u32) << 40)) | 1
+    }
+
+    fn has(&self, key: u64) -> bool {
+        self.all.load(Relaxed) != 0 || self.keys.iter().any(|k| k.load(Relaxed) == key)
+    }
+
+    fn add(&self, key: u64) {
+        for slot in &self.keys {
+            match slot.cmpxchg(0, key, Relaxed) {
+                Ok(_) => return,
+                Err(now) if now == key => return,
+                Err(_) => {}
+            }
+        }
+        self.all.store(1, Relaxed);
+    }
+}
+
+// ---- one segment ----
+
+/// A TCP segment with payload.
+struct Segment {
+    tuple: Tuple,
+    /// From the network header: where the TCP header starts, and where the payload does.
+    transport: u32,
+    payload: u32,
+    /// Bytes of payload.
+    len: u32,
+    seq: u32,
+    reset: bool,
+}
+
+impl Segment {
+    /// None if it is not one. Trusts no length of the packet's.
+    fn parse(skb: &Arriving<'_>, family: Family) -> Option<Self> {
+        let mut src = [0; 16];
+        let mut dst = [0; 16];
+        let (protocol, transport) = match family {
+            Family::V4 => {
+                let ip = skb.header::<20>(0)?;
+                let [vihl, .., protocol, _, _, s0, s1, s2, s3, d0, d1, d2, d3] = ip;
+                if vihl & 15 < 5 {
+                    return None;
+                }
+                for (to, from) in src.iter_mut().zip([s0, s1, s2, s3]) {
+                    *to = from;
+                }
+                for (to, from) in dst.iter_mut().zip([d0, d1, d2, d3]) {
+                    *to = from;
+                }
+                (protocol, u32::from(vihl & 15) * 4)
+            }
+            Family::V6 => {
+                let ip = skb.header::<40>(0)?;
+                src.copy_from_slice(ip.get(8..24)?);
+                dst.copy_from_slice(ip.get(24..40)?);
+                match ip[6] {
+                    TCP => (TCP, 40),
+                    next => skb.skip_extensions(40, next)?,
+                }
+            }
+        };
+        if protocol != TCP {
+            return None;
+        }
+        let tcp = skb.header::<20>(transport)?;
+        let [sp0, sp1, dp0, dp1, q0, q1, q2, q3, _, _, _, _, doff, flags, ..] = tcp;
+        if doff >> 4 < 5 {
+            return None;
+        }
+        let payload = transport.checked_add(u32::from(doff >> 4) * 4)?;
+        // IP has trimmed what is beyond its own length.
+        let len = skb.len().checked_sub(payload).filter(|len| *len > 0)?;
+        let syn = u32::from(flags >> 1 & 1);
+        Some(Self {
+            tuple: Tuple {
+                family,
+                src,
+                dst,
+                src_port: u16::from_be_bytes([sp0, sp1]),
+                dst_port: u16::from_be_bytes([dp0, dp1]),
+                iif: 0,
+                sdif: 0,
+            },
+            transport,
+            payload,
+            len,
+            // A SYN takes a number itself.
+            seq: u32::from_be_bytes([q0, q1, q2, q3]).wrapping_add(syn),
+            reset: flags & 4 != 0,
+        })
+    }
+
+    fn pseudo(&self) -> Sum {
+        let len = (self.payload - self.transport).saturating_add(self.len);
+        match self.tuple.family {
+            Family::V4 => {
+                let [s0, s1, s2, s3, ..] = self.tuple.src;
+                let [d0, d1, d2, d3, ..] = self.tuple.dst;
+                csum::pseudo_v4([s0, s1, s2, s3], [d0, d1, d2, d3], TCP, len)
+            }
+            Family::V6 => csum::pseudo_v6(&self.tuple.src, &self.tuple.dst, TCP, len),
+        }
+    }
+}
+
+const TCP: u8 = 6;
+
+/// What is known of a payload's sum without reading it.
+enum Sums {
+    /// Nothing.
+    Nothing,
+    /// Nothing, and the stack would read it to verify the segment.
+    Unverified,
+    /// By the sender's checksum, which the device says is right.
+    Derived(Sum),
+    /// By the sum of all the packet's bytes that the device delivered.
+    Hardware(Sum),
+}
+
+/// What the headers and the device say of the payload's sum. The headers are linear.
+fn derive(skb: &Arriving<'_>, segment: &Segment, facts: &Facts) -> Sums {
+    if facts.merged != 0 {
+        return Sums::Nothing;
+    }
+    let Some(headers) = skb.front(segment.payload) else {
+        return Sums::Nothing;
+    };
+    let Some((network, transport)) = headers.split_at_checked(segment.transport as usize) else {
+        return Sums::Nothing;
+    };
+    match facts.ip_summed {
+        CHECKSUM_NONE => Sums::Unverified,
+        CHECKSUM_UNNECESSARY => Sums::Derived(csum::payload_of(segment.pseudo(), transport)),
+        // Summed by software it is no more than what we could compute.
+        CHECKSUM_COMPLETE if facts.csum_complete_sw == 0 => {
+            let all = Sum::from_wsum(facts.csum);
+            let headers = Sum::of(network).then(network.len() as u64, Sum::of(transport));
+            Sums::Hardware(all.after(u64::from(segment.payload), headers))
+        }
+        _ => Sums::Nothing,
+    }
+}
+
+/// Time of a packet, and where it is from.
+pub(crate) fn stamp(facts: &Facts) -> (u64, u8) {
+    if facts.hwtstamp != 0 {
+        return (facts.hwtstamp, ext::pmskb_time_source_PMSKB_TIME_HARDWARE as u8);
+    }
+    if facts.tstamp != 0 {
+        return (facts.tstamp, ext::pmskb_time_source_PMSKB_TIME_SOFTWARE as u8);
+    }
+    // SAFETY: No requirements.
+    let now = unsafe { ext::pmskb_now_real() };
+    (now, ext::pmskb_time_source_PMSKB_TIME_PLACEMENT as u8)
+}
+
+/// Adds the `__wsum` of a run at `at` to a sum. Internet sums are kept as C has them until the end.
+pub(crate) fn add(sum: u32, run: u32, at: u32) -> u32 {
+    // SAFETY: Arithmetic; `at` is less than a packet's length.
+    unsafe { ext::pmskb_wsum_add(sum, run, at as i32) }
+}
+
+/// A sum of runs, as it is kept.
+pub(crate) fn sum(sum: u32) -> Sum {
+    Sum::from_wsum(sum)
+}
+
+/// What a placement has read for checksums.
+#[derive(Default)]
+struct Work {
+    computed_bytes: u64,
+    mismatch: bool,
+}
+
+/// Moves a segment's payload into frames. Softirq; under RCU, with the store live, and `Ctx::rx`.
+fn place(
+    skb: &mut Arriving<'_>,
+    segment: &Segment,
+    facts: &Facts,
+    distrust: u64,
+    store: &Store,
+    rx: &mut Rx,
+    work: &mut Work,
+) -> Result<Note, Unplaced> {
+    if facts.readable == 0 || facts.fraglist_gso != 0 || facts.encapsulated != 0 || facts.shared != 0
+    {
+        return Err(Unplaced::SHAPE);
+    }
+    if segment.payload > MAX_HEADERS {
+        return Err(Unplaced::SHAPE);
+    }
+    let front = skb.link_len(facts).filter(|len| *len <= MAX_LINK);
+    let front = front.ok_or(Unplaced::SHAPE)?;
+    if !skb.pull(segment.payload) {
+        return Err(Unplaced::NO_MEM);
+    }
+    let headers = segment.payload as usize;
+
+    let sums = match derive(skb, segment, facts) {
+        // The stack goes on as the device says; we do not.
+        Sums::Derived(_) | Sums::Hardware(_) if DISTRUSTED.has(distrust) => Sums::Nothing,
+        sums => sums,
+    };
+    let read = match sums {
+        Sums::Nothing | Sums::Unverified => true,
+        Sums::Derived(_) | Sums::Hardware(_) => {
+            let n = rx.underived;
+            rx.underived = n.wrapping_add(1);
+            n < SAMPLE_FIRST || n % SAMPLE_EVERY == 0
+        }
+    };
+
+    let area = store.frames();
+    let room = rx.cursor.reserve(area, segment.len)?;
+    let filled = fill(skb, segment, &room, area, read).and_then(|sum| {
+        let fresh = body(skb, front, headers, store, &room)?;
+        Ok((sum, fresh))
+    });
+    let (sum, fresh) = match filled {
+        Ok(filled) => filled,
+        Err(why) => {
+            rx.cursor.cancel(area, room);
+            return Err(why);
+        }
+    };
+    if read {
+        work.computed_bytes = u64::from(segment.len);
+    }
+
+    const COMPUTED: u8 = ext::pmskb_csum_kind_PMSKB_CSUM_COMPUTED as u8;
+    let mut verified = false;
+    let (csum, kind) = match sums {
+        Sums::Nothing => (sum, COMPUTED),
+        Sums::Unverified => {
+            let headers = skb.front(segment.payload).unwrap_or(&[]);
+            let transport = headers.get(segment.transport as usize..).unwrap_or(&[]);
+            // If it is wrong the stack finds out by itself, and counts it.
+            verified = csum::payload_of(segment.pseudo(), transport) == sum;
+            (sum, COMPUTED)
+        }
+        Sums::Derived(known) | Sums::Hardware(known) if read && known != sum => {
+            work.mismatch = true;
+            (sum, COMPUTED)
+        }
+        Sums::Derived(known) => (known, ext::pmskb_csum_kind_PMSKB_CSUM_DERIVED as u8),
+        Sums::Hardware(known) => (known, ext::pmskb_csum_kind_PMSKB_CSUM_HARDWARE as u8),
+    };
+    let (time, source) = stamp(facts);
+    let note = Note {
+        time,
+        seq: segment.seq,
+        pkt_len: segment.len,
+        pkt_off: 0,
+        offset: 0,
+        len: 0,
+        csum: csum.get(),
+        kind,
+        source,
+        copied: false,
+    };
+    rx.cursor.commit(area, room, &note);
+    skb.become_of(fresh);
+    if verified {
+        skb.set_verified();
+    }
+    Ok(note)
+}
+
+/// Copies the payload into `room`; the sum of what it read, if it was to.
+fn fill(
+    skb: &Arriving<'_>,
+    segment: &Segment,
+    room: &Room,
+    area: &FrameArea,
+    read: bool,
+) -> Result<Sum, Unplaced> {
+    let mut sum = 0;
+    room.fill(area, |at, bytes| {
+        let from = segment.payload.checked_add(at).ok_or(EFAULT)?;
+        if read {
+            sum = add(sum, skb.copy_and_sum(from, bytes)?, at);
+            Ok(())
+        } else {
+            skb.copy(from, bytes)
+        }
+    })
+    .map_err(|_| Unplaced::COPY)?;
+    Ok(Sum::from_wsum(sum))
+}
+
+/// A body with the packet's headers, and the bytes of `room`.
+fn body(
+    skb: &Arriving<'_>,
+    front: usize,
+    headers: usize,
+    store: &Store,
+    room: &Room,
+) -> Result<Fresh, Unplaced> {
+    let size = (front + headers).next_multiple_of(64) + skb::shinfo_size();
+    let head = match store.heads() {
+        Some(heads) => Head::Pm(heads.alloc(size).ok_or(Unplaced::NO_HEAD)?),
+        None => Head::Dram(size),
+    };
+    let mut fresh = match Fresh::new(skb, head, front, headers) {
+        Ok(fresh) => fresh,
+        Err(head) => {
+            if let (Head::Pm(slot), Some(heads)) = (head, store.heads()) {
+                heads.put(slot);
+            }
+            return Err(Unplaced::NO_MEM);
+        }
+    };
+    for span in room.spans() {
+        let page = store.frames().get_page(span.frame);
+        let page = page.ok_or(Unplaced::NO_FRAME)?;
+        // SAFETY: The reference is for this; a span is within its frame.
+        unsafe { fresh.add(page, span.off, span.len) };
+    }
+    Ok(fresh)
+}
+
+/// A packet at LOCAL_IN. Softirq, under RCU.
+fn arrived(skb: &mut Arriving<'_>, net: *mut ext::net, family: Family) {
+    let Some(mut segment) = Segment::parse(skb, family) else {
+        return;
+    };
+    let facts = skb.facts(family);
+    segment.tuple.iif = facts.iif;
+    segment.tuple.sdif = facts.sdif;
+    let mut owner = skb.owner();
+    if owner.is_null() {
+        if let Some(found) = Found::established(net, &segment.tuple) {
+            found.leave_in(skb);
+            owner = skb.owner();
+        } else if segment.reset {
+            return;
+        } else {
+            // Data that completes a handshake by cookie, or comes with the SYN.
+            let doff = segment.payload - segment.transport;
+            owner = sock::listener(net, skb, &segment.tuple, doff);
+        }
+    }
+    // SAFETY: The skb has a reference of it, or it is a listener, which goes under RCU.
+    let Some(ctx) = (unsafe { sock::ctx_of(owner) }) else {
+        return;
+    };
+    let mut work = Work::default();
+    let mut rx = ctx.rx.lock();
+    let Some(store) = rx.store.clone() else {
+        return;
+    };
+    if !store.is_live() {
+        return;
+    }
+    let distrust = Distrusted::key(net, facts.ifindex);
+    let placed = place(skb, &segment, &facts, distrust, &store, &mut rx, &mut work);
+    drop(rx);
+    if work.mismatch {
+        DISTRUSTED.add(distrust);
+        pr_warn_ratelimited(facts.ifindex);
+    }
+    for counters in [&ctx.counters, &store.counters] {
+        counters.computed_bytes.add(work.computed_bytes);
+        counters.mismatch.add(u64::from(work.mismatch));
+        match &placed {
+            Ok(note) => {
+                counters.placed.add(1);
+                counters.placed_bytes.add(u64::from(note.pkt_len));
+                match u32::from(note.kind) {
+                    ext::pmskb_csum_kind_PMSKB_CSUM_DERIVED => counters.derived.add(1),
+                    ext::pmskb_csum_kind_PMSKB_CSUM_HARDWARE => counters.hardware.add(1),
+                    _ => counters.computed.add(1),
+                }
+            }
+            Err(why) => counters.unplaced(why.0),
+        }
+    }
+}
+
+/// Once for a device, since it is not asked again.
+fn pr_warn_ratelimited(ifindex: i32) {
+    pr_warn!("interface {ifindex} called a wrong checksum right; computing them from here on\n");
+}
+
+/// What netfilter calls.
+///
+/// # Safety
+///
+/// As netfilter calls a LOCAL_IN hook.
+unsafe fn hook(
+    skb: *mut bindings::sk_buff,
+    state: *const ext::nf_hook_state,
+    family: Family,
+) -> c_uint {
+    // SAFETY: As the caller says; it is ours until we return.
+    if let (Some(mut skb), Some(state)) = unsafe { (Arriving::new(skb), state.as_ref()) } {
+        arrived(&mut skb, state.net, family);
+    }
+    ext::NF_ACCEPT
+}
+
+/// IPv4.
+///
+/// # Safety
+///
+/// For netfilter.
+#[no_mangle]
+unsafe extern "C" fn pmskb_hook_v4(
+    _priv: *mut c_void,
+    skb: *mut bindings::sk_buff,
+    state: *const ext::nf_hook_state,
+) -> c_uint {
+    // SAFETY: Netfilter calls this.
+    unsafe { hook(skb, state, Family::V4) }
+}
+
+/// IPv6.
+///
+/// # Safety
+///
+/// For netfilter.
+#[no_mangle]
+unsafe extern "C" fn pmskb_hook_v6(
+    _priv: *mut c_void,
+    skb: *mut bindings::sk_buff,
+    state: *const ext::nf_hook_state,
+) -> c_uint {
+    // SAFETY: Netfilter calls this.
+    unsafe { hook(skb, state, Family::V6) }
+}
+
+// ---- hooks, by network namespace ----
+
+/// A network namespace with our hooks.
+struct Hooked {
+    net: usize,
+    users: Atomic<i32>,
+}
+
+kernel::sync::global_lock! {
+    // SAFETY: Initialised by `start()`, at module init, before anything else here.
+    /// Network namespaces with our hooks.
+    unsafe(uninit) static HOOKS: Mutex<KVec<Arc<Hooked>>> = KVec::new();
+}
+
+/// Keeps the hooks of a network namespace registered. Cloned and dropped in any context.
+pub(crate) struct HookUse(Arc<Hooked>);
+
+impl HookUse {
+    /// Registers the hooks, unless they are. Process context, sleeps, no socket locked; `net`
+    /// stays, since a socket of it does.
+    pub(crate) fn get(net: *mut ext::net) -> Result<Self> {
+        let mut hooks = HOOKS.lock();
+        if let Some(hooked) = hooks.iter().find(|hooked| hooked.net == net as usize) {
+            hooked.users.fetch_add(1, Full);
+            return Ok(Self(hooked.clone()));
+        }
+        let hooked = Arc::new(
+            Hooked {
+                net: net as usize,
+                users: Atomic::new(1),
+            },
+            GFP_KERNEL,
+        )?;
+        hooks.reserve(1, GFP_KERNEL)?;
+        // SAFETY: The caller's socket keeps the namespace.
+        to_result(unsafe { ext::pmskb_hooks_register(net) })?;
+        hooks.push(hooked.clone(), GFP_KERNEL)?;
+        Ok(Self(hooked))
+    }
+}
+
+impl Clone for HookUse {
+    fn clone(&self) -> Self {
+        self.0.users.fetch_add(1, Full);
+        Self(self.0.clone())
+    }
+}
+
+impl Drop for HookUse {
+    fn drop(&mut self) {
+        if self.0.users.fetch_sub(1, Full) == 1 {
+            // SAFETY: No requirements.
+            unsafe { ext::pmskb_net_reap_later() };
+        }
+    }
+}
+
+/// Unregisters the hooks that nobody uses. Process context, from a work item.
+#[no_mangle]
+extern "C" fn pmskb_net_reap() {
+    unhook(|hooked| hooked.users.load(Relaxed) == 0);
+}
+
+/// A network namespace is going; no socket of it is left.
+#[no_mangle]
+extern "C" fn pmskb_net_gone(net: *mut ext::net) {
+    unhook(|hooked| hooked.net == net as usize);
+}
+
+fn unhook(mut which: impl FnMut(&Hooked) -> bool) {
+    let mut hooks = HOOKS.lock();
+    hooks.retain(|hooked| {
+        if which(hooked) {
+            // SAFETY: It is still there: if it were going, `pmskb_net_gone` would have taken it off
+            // the list before.
+            unsafe { ext::pmskb_hooks_unregister(hooked.net as *mut ext::net) };
+            return false;
+        }
+        true
+    });
+}
+
+/// At module init, once.
+pub(crate) fn start() -> Result {
+    // SAFETY: Called once, says the comment.
+    unsafe { HOOKS.init() };
+    // SAFETY: At module init.
+    to_result(unsafe { ext::pmskb_net_start() })
+}
+
+/// At module exit: afterwards no hook is registered, or runs.
+pub(crate) fn stop() {
+    // SAFETY: May sleep here.
+    unsafe { ext::pmskb_net_stop() };
+    *HOOKS.lock() = KVec::new();
+}

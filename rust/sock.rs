@@ -1,0 +1,502 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! `sock`, wrapped.
+//!
+//! A [`Found`] socket came out of a lookup in the hook, with a reference. A [`Locked`] one is
+//! under `lock_sock()`, and only there can its receive queue and its tokens be touched. A
+//! [`SocketFile`] is an open descriptor.
+
+use crate::{
+    bindings as ext,
+    skb::{Arriving, Queued},
+    ulp::Ctx,
+};
+use core::{marker::PhantomData, ptr::NonNull};
+use kernel::{
+    bindings,
+    error::to_result,
+    ffi::{c_int, c_long, c_void},
+    prelude::*,
+    types::NotThreadSafe,
+};
+
+/// Address family.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Family {
+    /// IPv4.
+    V4,
+    /// IPv6.
+    V6,
+}
+
+/// Where a socket's packets come from and go to; addresses as on the wire, IPv4 ones in the first
+/// four bytes, ports as numbers.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Flow {
+    /// 4 or 6.
+    pub(crate) version: u8,
+    /// Address of the peer.
+    pub(crate) peer: [u8; 16],
+    /// Address of this end.
+    pub(crate) local: [u8; 16],
+    /// Port of the peer.
+    pub(crate) peer_port: u16,
+    /// Port of this end.
+    pub(crate) local_port: u16,
+}
+
+/// What a lookup needs of a segment, as on the wire.
+pub(crate) struct Tuple {
+    pub(crate) family: Family,
+    pub(crate) src: [u8; 16],
+    pub(crate) dst: [u8; 16],
+    pub(crate) src_port: u16,
+    pub(crate) dst_port: u16,
+    pub(crate) iif: c_int,
+    pub(crate) sdif: c_int,
+}
+
+/// A socket found in the established table, with a reference: a full socket, a request or a
+/// time-wait one.
+pub(crate) struct Found(NonNull<ext::sock>);
+
+impl Found {
+    /// Looks in the established table. Softirq, under RCU.
+    pub(crate) fn established(net: *mut ext::net, tuple: &Tuple) -> Option<Self> {
+        let sport = tuple.src_port.to_be();
+        // SAFETY: `net` is the hook's, RCU is held, the addresses are as long as the family's.
+        let sk = unsafe {
+            match tuple.family {
+                Family::V4 => ext::__inet_lookup_established(
+                    net,
+                    v4(&tuple.src),
+                    sport,
+                    v4(&tuple.dst),
+                    tuple.dst_port,
+                    tuple.iif,
+                    tuple.sdif,
+                ),
+                Family::V6 => ext::__inet6_lookup_established(
+                    net,
+                    tuple.src.as_ptr().cast(),
+                    sport,
+                    tuple.dst.as_ptr().cast(),
+                    tuple.dst_port,
+                    tuple.iif,
+                    tuple.sdif,
+                ),
+            }
+        };
+        NonNull::new(sk).map(Self)
+    }
+
+    /// Leaves it in the packet, so that TCP need not look again.
+    pub(crate) fn leave_in(self, skb: &mut Arriving<'_>) {
+        // SAFETY: It is from a lookup; its reference becomes the skb's.
+        unsafe { skb.set_owner(self.0.as_ptr()) };
+        core::mem::forget(self);
+    }
+}
+
+impl Drop for Found {
+    fn drop(&mut self) {
+        // SAFETY: The lookup took the reference.
+        unsafe { ext::sock_gen_put(self.0.as_ptr()) };
+    }
+}
+
+fn v4(addr: &[u8; 16]) -> u32 {
+    let [a, b, c, d, ..] = *addr;
+    u32::from_ne_bytes([a, b, c, d])
+}
+
+/// The listener that a segment is for; without a reference, valid under RCU. `doff` is the length
+/// of the TCP header. Softirq, under RCU.
+pub(crate) fn listener(
+    net: *mut ext::net,
+    skb: &Arriving<'_>,
+    tuple: &Tuple,
+    doff: u32,
+) -> *mut ext::sock {
+    let sport = tuple.src_port.to_be();
+    // SAFETY: As in `Found::established`. A program that selects among SO_REUSEPORT sockets is
+    // shown the skb, whose transport header is linear.
+    unsafe {
+        match tuple.family {
+            Family::V4 => ext::__inet_lookup_listener(
+                net,
+                skb.as_ptr(),
+                doff as c_int,
+                v4(&tuple.src),
+                sport,
+                v4(&tuple.dst),
+                tuple.dst_port,
+                tuple.iif,
+                tuple.sdif,
+            ),
+            Family::V6 => ext::inet6_lookup_listener(
+                net,
+                skb.as_ptr(),
+                doff as c_int,
+                tuple.src.as_ptr().cast(),
+                sport,
+                tuple.dst.as_ptr().cast(),
+                tuple.dst_port,
+                tuple.iif,
+                tuple.sdif,
+            ),
+        }
+    }
+}
+
+/// The context of the socket that a packet is for: the socket's own, or for a request its
+/// listener's. None if it is not one of ours. Under RCU, for as long as the answer is used.
+///
+/// # Safety
+///
+/// `sk` is null, or a socket, request or time-wait socket that stays while RCU is held.
+pub(crate) unsafe fn ctx_of<'rcu>(sk: *mut ext::sock) -> Option<&'rcu Ctx> {
+    if sk.is_null() {
+        return None;
+    }
+    // SAFETY: As the caller says.
+    let full = unsafe { ext::pmskb_full_sock(sk) };
+    if full.is_null() {
+        return None;
+    }
+    // SAFETY: A full socket; a request's listener stays as long as the request.
+    unsafe { Ctx::of(full) }
+}
+
+/// A socket under `lock_sock()`. Process context.
+///
+/// # Invariants
+///
+/// `sk` is a valid TCP socket, locked by this thread.
+pub(crate) struct Locked<'a> {
+    sk: NonNull<ext::sock>,
+    _sk: PhantomData<&'a mut ext::sock>,
+    _thread: NotThreadSafe,
+}
+
+impl<'a> Locked<'a> {
+    /// Locks a socket; sleeps.
+    ///
+    /// # Safety
+    ///
+    /// `sk` is a valid TCP socket for `'a`, and this thread has not locked it.
+    pub(crate) unsafe fn new(sk: NonNull<ext::sock>) -> Self {
+        // SAFETY: As the caller says.
+        unsafe { ext::pmskb_lock_sock(sk.as_ptr()) };
+        // INVARIANT: Locked just now.
+        Self {
+            sk,
+            _sk: PhantomData,
+            _thread: NotThreadSafe,
+        }
+    }
+
+    pub(crate) fn as_ptr(&self) -> *mut ext::sock {
+        self.sk.as_ptr()
+    }
+
+    fn raw(&self) -> &ext::sock {
+        // SAFETY: By the type invariants.
+        unsafe { self.sk.as_ref() }
+    }
+
+    fn tcp(&self) -> &ext::tcp_sock {
+        // SAFETY: By the type invariants it is a TCP socket, which starts with the `sock`.
+        unsafe { self.sk.cast::<ext::tcp_sock>().as_ref() }
+    }
+
+    /// Its context, if it is one of ours.
+    pub(crate) fn ctx(&self) -> Option<&'a Ctx> {
+        // SAFETY: A full socket by the type invariants; a context goes with its socket, which is
+        // valid for `'a`.
+        unsafe { Ctx::of(self.sk.as_ptr()) }
+    }
+
+    /// Its addresses and ports.
+    pub(crate) fn flow(&self) -> Flow {
+        let mut raw = ext::pmskb_flow::default();
+        // SAFETY: By the type invariants.
+        unsafe { ext::pmskb_flow(self.sk.as_ptr(), &mut raw) };
+        Flow {
+            version: raw.version,
+            peer: raw.peer,
+            local: raw.local,
+            peer_port: raw.peer_port,
+            local_port: raw.local_port,
+        }
+    }
+
+    /// `TCP_*` state.
+    pub(crate) fn state(&self) -> u8 {
+        // SAFETY: By the type invariants.
+        unsafe { ext::pmskb_sk_state(self.sk.as_ptr()) }
+    }
+
+    /// Sequence number of the next byte to be received by the application.
+    pub(crate) fn copied_seq(&self) -> u32 {
+        self.tcp().copied_seq
+    }
+
+    /// The next byte is the urgent one.
+    pub(crate) fn at_urgent(&self) -> bool {
+        // SAFETY: By the type invariants.
+        unsafe { ext::pmskb_tcp_at_urg(self.sk.as_ptr()) }
+    }
+
+    /// Urgent data is to be received in line.
+    pub(crate) fn urgent_in_line(&self) -> bool {
+        // SAFETY: By the type invariants.
+        unsafe { ext::pmskb_sock_urginline(self.sk.as_ptr()) }
+    }
+
+    /// Forgets the urgent mark, if it has been passed.
+    pub(crate) fn urgent_passed(&mut self) {
+        // SAFETY: By the type invariants.
+        unsafe { ext::pmskb_tcp_urg_passed(self.sk.as_ptr()) };
+    }
+
+    /// Its queues are being repaired (TCP_REPAIR).
+    pub(crate) fn in_repair(&self) -> bool {
+        // SAFETY: By the type invariants.
+        unsafe { ext::pmskb_tcp_in_repair(self.sk.as_ptr()) }
+    }
+
+    /// What a receive answers when there is nothing to receive, and there will be nothing: bytes
+    /// (0), or an errno. None if it is worth waiting.
+    pub(crate) fn ended(&mut self) -> Option<Result<usize>> {
+        // SAFETY: By the type invariants.
+        if unsafe { ext::pmskb_sock_flag_done(self.sk.as_ptr()) } {
+            return Some(Ok(0));
+        }
+        // SAFETY: By the type invariants.
+        let error = unsafe { ext::pmskb_sock_error(self.sk.as_ptr()) };
+        if error != 0 {
+            return Some(Err(Error::from_errno(error)));
+        }
+        if self.stopped() {
+            return Some(Ok(0));
+        }
+        if self.state() == ext::TCP_CLOSE as u8 {
+            // Never connected.
+            return Some(Err(errno(bindings::ENOTCONN)));
+        }
+        None
+    }
+
+    /// Receiving was shut down.
+    pub(crate) fn stopped(&self) -> bool {
+        // SAFETY: By the type invariants.
+        unsafe { ext::pmskb_sk_rcv_shutdown(self.sk.as_ptr()) }
+    }
+
+    /// An error is pending; it stays pending.
+    pub(crate) fn has_error(&self) -> bool {
+        self.raw().sk_err != 0
+    }
+
+    /// How long a receive may wait, jiffies.
+    pub(crate) fn timeout(&self, noblock: bool) -> c_long {
+        // SAFETY: By the type invariants.
+        unsafe { ext::pmskb_sock_rcvtimeo(self.sk.as_ptr(), noblock) }
+    }
+
+    /// How many bytes a receive waits for, at least 1.
+    pub(crate) fn low_water(&self) -> usize {
+        self.raw().sk_rcvlowat.max(1) as usize
+    }
+
+    /// Sleeps until the receive queue changes, `timeout` passes or a signal comes. The lock is
+    /// given up meanwhile.
+    pub(crate) fn wait(&mut self, timeout: &mut c_long) -> Result {
+        // SAFETY: By the type invariants; nothing of the queue is borrowed.
+        to_result(unsafe {
+            let tail = ext::pmskb_rx_tail(self.sk.as_ptr());
+            ext::sk_wait_data(self.sk.as_ptr(), timeout, tail)
+        })
+    }
+
+    /// Shows the bytes of the receive queue to `actor` as `tcp_read_sock()` does: a packet, an
+    /// offset in it, how many bytes from there; the actor answers how many of them it took, or
+    /// an error, which is the answer if nothing at all was taken. Stops before urgent data.
+    pub(crate) fn read(
+        &mut self,
+        actor: &mut dyn FnMut(&Queued<'_>, u32, u32) -> Result<u32>,
+    ) -> Result<usize> {
+        struct Arg<'b> {
+            actor: &'b mut dyn FnMut(&Queued<'_>, u32, u32) -> Result<u32>,
+        }
+        unsafe extern "C" fn shim(
+            desc: *mut bindings::read_descriptor_t,
+            skb: *mut bindings::sk_buff,
+            off: u32,
+            len: usize,
+        ) -> c_int {
+            // SAFETY: `tcp_read_sock` passes on the descriptor below, and a packet of the locked
+            // socket's queue.
+            let (arg, queued) = unsafe {
+                let arg = (*desc).arg.data.cast::<Arg<'_>>();
+                (&mut *arg, Queued::new(skb))
+            };
+            let len = u32::try_from(len).unwrap_or(u32::MAX).min(c_int::MAX as u32);
+            let Some(queued) = queued else {
+                return 0;
+            };
+            match (arg.actor)(&queued, off, len) {
+                Ok(n) => n.min(len) as c_int,
+                Err(e) => e.to_errno(),
+            }
+        }
+        let mut arg = Arg { actor };
+        let mut desc = bindings::read_descriptor_t {
+            count: 1,
+            ..Default::default()
+        };
+        desc.arg.data = (&raw mut arg).cast::<c_void>();
+        // SAFETY: By the type invariants; the actor does not give up the lock.
+        let res = unsafe { ext::tcp_read_sock(self.sk.as_ptr(), &mut desc, Some(shim)) };
+        if res < 0 {
+            return Err(Error::from_errno(res));
+        }
+        Ok(res as usize)
+    }
+
+    /// Shows the next byte alone to `actor`, as [`Self::read`], even if it is the urgent one.
+    pub(crate) fn read_one(
+        &mut self,
+        actor: &mut dyn FnMut(&Queued<'_>, u32, u32) -> Result<u32>,
+    ) -> Result<usize> {
+        let mut off = 0;
+        let seq = self.copied_seq();
+        // SAFETY: By the type invariants.
+        let skb = unsafe { ext::tcp_recv_skb(self.sk.as_ptr(), seq, &mut off) };
+        // SAFETY: It is in the locked socket's queue, and nothing removes it here.
+        let Some(queued) = (unsafe { Queued::new(skb) }) else {
+            return Ok(0);
+        };
+        if off >= queued.len() {
+            return Ok(0);
+        }
+        let n = actor(&queued, off, 1)?.min(1) as usize;
+        self.skip(n);
+        Ok(n)
+    }
+
+    /// Consumes `n` bytes that are in the queue.
+    pub(crate) fn skip(&mut self, n: usize) {
+        // SAFETY: By the type invariants.
+        unsafe { ext::tcp_read_done(self.sk.as_ptr(), n) };
+    }
+}
+
+impl Drop for Locked<'_> {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariants.
+        unsafe { ext::release_sock(self.sk.as_ptr()) };
+    }
+}
+
+/// What a waiting receive answers to a signal; none is pending: `None`.
+pub(crate) fn interrupted(timeout: c_long) -> Option<Error> {
+    // SAFETY: No requirements.
+    unsafe { ext::pmskb_signal_pending() }.then(|| {
+        // SAFETY: No requirements.
+        Error::from_errno(unsafe { ext::pmskb_sock_intr_errno(timeout) })
+    })
+}
+
+/// An open socket, by descriptor.
+pub(crate) struct SocketFile(NonNull<bindings::socket>);
+
+impl SocketFile {
+    /// `EBADF` if `fd` is not open, `ENOTSOCK` if it is not a socket. Process context.
+    pub(crate) fn get(fd: i32) -> Result<Self> {
+        let mut err = 0;
+        // SAFETY: `err` is valid.
+        let sock = unsafe { ext::pmskb_socket_get(fd, &mut err) };
+        match NonNull::new(sock) {
+            Some(sock) => Ok(Self(sock.cast())),
+            None => Err(Error::from_errno(err)),
+        }
+    }
+
+    /// Whether it is a TCP socket over IPv4 or IPv6.
+    pub(crate) fn is_tcp(&self) -> bool {
+        // SAFETY: We have a reference to the file.
+        unsafe { ext::pmskb_is_tcp(self.0.as_ptr().cast()) }
+    }
+
+    /// The sock. It stays as long as the descriptor's file, to which we have a reference.
+    pub(crate) fn sk(&self) -> Result<NonNull<ext::sock>> {
+        // SAFETY: As above.
+        let sk = unsafe { ext::pmskb_socket_sk(self.0.as_ptr().cast()) };
+        NonNull::new(sk).ok_or(errno(bindings::ENOTCONN))
+    }
+
+    /// `setsockopt(fd, SOL_TCP, TCP_ULP, "pmskb")`.
+    pub(crate) fn set_ulp(&self) -> Result {
+        // SAFETY: As above; no lock is held.
+        to_result(unsafe { ext::pmskb_set_ulp(self.0.as_ptr().cast()) })
+    }
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        // SAFETY: `get` took the reference.
+        unsafe { ext::pmskb_socket_put(self.0.as_ptr().cast()) };
+    }
+}
+
+/// What `setsockopt()` is given: user or kernel memory, read at most once each byte.
+pub(crate) struct OptVal {
+    ptr: bindings::sockptr_t,
+    len: usize,
+}
+
+impl OptVal {
+    /// # Safety
+    ///
+    /// `ptr` and `len` are what `proto.setsockopt` was called with.
+    pub(crate) unsafe fn new(ptr: bindings::sockptr_t, len: u32) -> Self {
+        Self {
+            ptr,
+            len: len as usize,
+        }
+    }
+
+    /// How many bytes there are.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Reads a value at `off`. `EINVAL` if there are fewer bytes, `EFAULT`.
+    pub(crate) fn read_at<T: kernel::transmute::FromBytes + Default>(&self, off: usize) -> Result<T> {
+        let size = core::mem::size_of::<T>();
+        if off.checked_add(size).is_none_or(|end| end > self.len) {
+            return Err(EINVAL);
+        }
+        let mut value = T::default();
+        // SAFETY: `value` has `size` bytes, and any bytes are a value of its type.
+        to_result(unsafe {
+            ext::pmskb_copy_from_sockptr((&raw mut value).cast::<c_void>(), self.ptr, off, size)
+        })?;
+        Ok(value)
+    }
+
+    /// Reads the only value. `EINVAL` if the length is another, `EFAULT`.
+    pub(crate) fn read<T: kernel::transmute::FromBytes + Default>(&self) -> Result<T> {
+        if self.len != core::mem::size_of::<T>() {
+            return Err(EINVAL);
+        }
+        self.read_at(0)
+    }
+}
+
+/// From one of `kernel::bindings`' errno constants.
+pub(crate) fn errno(e: u32) -> Error {
+    Error::from_errno(-(e as i32))
+}

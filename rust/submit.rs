@@ -1,0 +1,626 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Arrays of operations: put, delete, release.
+//!
+//! An array goes through four phases, each of which holds only what it needs:
+//!
+//! 1. *read*: operations, extents and keys are copied from user space, once;
+//! 2. *resolve*: tokens become pieces of frames, under the lock of their socket. Each piece gets
+//!    a hold of its own, so that what becomes of the token afterwards (another thread, `close`)
+//!    cannot take the frame away;
+//! 3. *commit*: puts and deletes are staged and committed under the store's lock, with two fences
+//!    for the whole array;
+//! 4. *finish*: tokens of what succeeded are given back, holds dropped, results copied out.
+//!
+//! No user memory is touched under the store's lock. `PMSKB_PERSIST` holds its socket's lock all
+//! the time, as other calls on a socket do; `PMSKB_IOC_SUBMIT` locks one socket after the other in
+//! phases 2 and 4 only. So the order is: a socket's lock, then the store's. Process context.
+
+use crate::{
+    bindings as ext,
+    frame::{Frame, FrameArea},
+    pm::{self, csum::Sum, Pmem},
+    region::Region,
+    sock::{self, errno, OptVal},
+    store::{Core, Store},
+    uapi::Plain,
+    ulp::{self, Attached},
+};
+use core::mem::size_of;
+use kernel::{
+    bindings,
+    ffi::c_int,
+    prelude::*,
+    sync::Arc,
+    uaccess::{UserPtr, UserSlice},
+};
+
+/// Most extents in one array, over all its operations: bounds the memory that a call takes.
+const MAX_EXTENTS: usize = ext::PMSKB_MAX_EXTENTS as usize;
+/// Flags that each operation may have.
+const PUT_FLAGS: u32 = ext::PMSKB_OP_CREATE
+    | ext::PMSKB_OP_REPLACE
+    | ext::PMSKB_OP_KEEP
+    | ext::PMSKB_OP_KEY_EXTENTS;
+
+/// Whose tokens an array may name.
+enum Caller<'a, 'b> {
+    /// Those of one socket, which is locked: `setsockopt(PMSKB_PERSIST)`.
+    Socket(&'a mut Attached<'b>),
+    /// Those of the sockets that the operations name: `ioctl(PMSKB_IOC_SUBMIT)`.
+    Store,
+}
+
+/// What an operation does, checked, with all that it needs from user space.
+enum Action {
+    Put { mode: pm::PutMode, key: Key },
+    Delete { key: Key },
+    Release,
+}
+
+/// The key of an operation.
+enum Key {
+    None,
+    /// From user memory, or gathered from several pieces.
+    Bytes(KVec<u8>),
+    /// In the packets: elements of `Op::exts` that come after the object's.
+    Pieces,
+}
+
+/// One operation on its way through the phases.
+struct Op {
+    fd: i32,
+    keep: bool,
+    action: Action,
+    /// Extents of the object, then those of the key.
+    exts: KVVec<Plain<ext::pmskb_ext>>,
+    /// How many of them are the object's.
+    object: usize,
+    /// What `exts` are, resolved; each with a hold.
+    pieces: KVVec<pm::Piece>,
+    meta: pm::Meta,
+    result: Plain<ext::pmskb_result>,
+}
+
+/// `PMSKB_PERSIST` on an attached socket, which is locked. Errors as [`submit`].
+pub(crate) fn persist(socket: &mut Attached<'_>, value: &OptVal) -> Result<c_int> {
+    let header = value.read::<Plain<ext::pmskb_submit>>()?.0;
+    let store = socket.store().clone();
+    submit(&store, Caller::Socket(socket), header)?;
+    Ok(0)
+}
+
+/// `PMSKB_IOC_SUBMIT` on a store, with the header at `arg`. Errors as [`submit`].
+pub(crate) fn ioctl(store: &Arc<Store>, arg: UserPtr) -> Result {
+    let size = size_of::<ext::pmskb_submit>();
+    let header = UserSlice::new(arg, size).reader().read::<Plain<_>>()?.0;
+    submit(store, Caller::Store, header)
+}
+
+/// Carries out an array of operations. The errno is for the whole array, and then nothing was
+/// done, unless it is the copying out of results that failed (`EFAULT`).
+///
+/// `EINVAL` bad header, `E2BIG` too many operations, `EFAULT` bad array, `ENOMEM`, `EIO` store
+/// gone. Each operation's own errno is in its result.
+fn submit(
+    store: &Arc<Store>,
+    mut caller: Caller<'_, '_>,
+    header: ext::pmskb_submit,
+) -> Result {
+    if header.nr == 0 || header.flags != 0 || header.reserved != 0 {
+        return Err(EINVAL);
+    }
+    if header.nr > ext::PMSKB_MAX_OPS {
+        return Err(E2BIG);
+    }
+    let nr = header.nr as usize;
+    // Whoever cannot take the results shall hear so before anything is done.
+    clear_results(header.results, nr)?;
+    store.submits.add(1);
+
+    let mut ops = read_ops(&header, nr)?;
+    for op in ops.iter_mut() {
+        if op.result.0.res == 0 {
+            let resolved = resolve(store, &mut caller, op);
+            op.fail_if(resolved);
+        }
+    }
+    commit(store, &mut ops);
+    for op in ops.iter_mut() {
+        finish(store, &mut caller, op);
+    }
+    write_results(header.results, &ops)
+}
+
+fn clear_results(ptr: u64, nr: usize) -> Result {
+    let size = nr * size_of::<ext::pmskb_result>();
+    let mut writer = UserSlice::new(UserPtr::from_addr(ptr as usize), size).writer();
+    for _ in 0..nr {
+        writer.write(&Plain(ext::pmskb_result::default()))?;
+    }
+    Ok(())
+}
+
+fn write_results(ptr: u64, ops: &[Op]) -> Result {
+    let size = ops.len() * size_of::<ext::pmskb_result>();
+    let mut writer = UserSlice::new(UserPtr::from_addr(ptr as usize), size).writer();
+    for op in ops {
+        writer.write(&op.result)?;
+    }
+    Ok(())
+}
+
+/// Phase 1. Fails if the array cannot be read; what is wrong with one operation is its result.
+fn read_ops(header: &ext::pmskb_submit, nr: usize) -> Result<KVVec<Op>> {
+    let size = nr * size_of::<ext::pmskb_op>();
+    let mut reader = UserSlice::new(UserPtr::from_addr(header.ops as usize), size).reader();
+    let mut ops = KVVec::with_capacity(nr, GFP_KERNEL)?;
+    let mut left = MAX_EXTENTS;
+    for _ in 0..nr {
+        let raw = reader.read::<Plain<ext::pmskb_op>>()?.0;
+        let mut op = Op {
+            fd: raw.fd,
+            keep: u32::from(raw.flags) & ext::PMSKB_OP_KEEP != 0,
+            action: Action::Release,
+            exts: KVVec::new(),
+            object: 0,
+            pieces: KVVec::new(),
+            meta: pm::Meta::default(),
+            result: Plain::default(),
+        };
+        match op.read(&raw, &mut left) {
+            Err(error) if error == ENOMEM => return Err(error),
+            read => op.fail_if(read),
+        }
+        ops.push(op, GFP_KERNEL)?;
+    }
+    Ok(ops)
+}
+
+impl Op {
+    /// The operation has failed, if `result` is an error.
+    fn fail_if<T>(&mut self, result: Result<T>) {
+        if let Err(error) = result {
+            self.result = Plain(ext::pmskb_result {
+                res: error.to_errno().into(),
+                ..Default::default()
+            });
+        }
+    }
+
+    fn failed(&self) -> bool {
+        self.result.0.res < 0
+    }
+
+    /// Checks the operation and copies what it points to.
+    fn read(&mut self, raw: &ext::pmskb_op, left: &mut usize) -> Result {
+        let flags = u32::from(raw.flags);
+        if raw.reserved.iter().any(|word| *word != 0) {
+            return Err(EINVAL);
+        }
+        let opcode = u32::from(raw.opcode);
+        let allowed = match opcode {
+            ext::pmskb_opcode_PMSKB_OP_PUT => PUT_FLAGS,
+            ext::pmskb_opcode_PMSKB_OP_DELETE => 0,
+            ext::pmskb_opcode_PMSKB_OP_RELEASE => 0,
+            _ => return Err(EINVAL),
+        };
+        if flags & !allowed != 0 {
+            return Err(EINVAL);
+        }
+        self.read_exts(raw.extents, raw.nr_extents, left)?;
+        self.object = self.exts.len();
+        self.action = match opcode {
+            ext::pmskb_opcode_PMSKB_OP_PUT => {
+                const BOTH: u32 = ext::PMSKB_OP_CREATE | ext::PMSKB_OP_REPLACE;
+                let mode = match flags & BOTH {
+                    ext::PMSKB_OP_CREATE => pm::PutMode::Create,
+                    ext::PMSKB_OP_REPLACE => pm::PutMode::Replace,
+                    BOTH => return Err(EINVAL),
+                    _ => pm::PutMode::Upsert,
+                };
+                let key = self.read_key(raw, flags, left)?;
+                if matches!(key, Key::None) && mode != pm::PutMode::Upsert {
+                    return Err(EINVAL);
+                }
+                let len: u64 = self.exts.iter().take(self.object).map(|e| u64::from(e.0.len)).sum();
+                if len > pm::MAX_OBJECT {
+                    return Err(EFBIG);
+                }
+                Action::Put { mode, key }
+            }
+            ext::pmskb_opcode_PMSKB_OP_DELETE => {
+                if raw.nr_extents != 0 {
+                    return Err(EINVAL);
+                }
+                match self.read_key(raw, flags, left)? {
+                    Key::None => return Err(EINVAL),
+                    key => Action::Delete { key },
+                }
+            }
+            _ => {
+                if raw.key_len != 0 || raw.nr_extents == 0 {
+                    return Err(EINVAL);
+                }
+                Action::Release
+            }
+        };
+        let release = matches!(self.action, Action::Release);
+        for ext in self.exts.iter().map(|ext| &ext.0) {
+            if ext.reserved != 0 {
+                return Err(EINVAL);
+            }
+            // Only its token counts for a release; a part of nothing is no part.
+            if release != (ext.len == 0) || (release && ext.offset != 0) {
+                return Err(EINVAL);
+            }
+        }
+        Ok(())
+    }
+
+    fn read_exts(&mut self, ptr: u64, nr: u32, left: &mut usize) -> Result {
+        let nr = nr as usize;
+        if nr > ext::PMSKB_MAX_EXTENTS as usize {
+            return Err(E2BIG);
+        }
+        *left = left.checked_sub(nr).ok_or(E2BIG)?;
+        let size = nr * size_of::<ext::pmskb_ext>();
+        let mut reader = UserSlice::new(UserPtr::from_addr(ptr as usize), size).reader();
+        self.exts.reserve(nr, GFP_KERNEL)?;
+        for _ in 0..nr {
+            self.exts.push(reader.read()?, GFP_KERNEL)?;
+        }
+        Ok(())
+    }
+
+    fn read_key(&mut self, raw: &ext::pmskb_op, flags: u32, left: &mut usize) -> Result<Key> {
+        let len = raw.key_len;
+        if len == 0 {
+            return if flags & ext::PMSKB_OP_KEY_EXTENTS == 0 {
+                Ok(Key::None)
+            } else {
+                Err(EINVAL)
+            };
+        }
+        if flags & ext::PMSKB_OP_KEY_EXTENTS == 0 {
+            if len > ext::PMSKB_MAX_KEY {
+                return Err(errno(bindings::ENAMETOOLONG));
+            }
+            let mut key = KVec::from_elem(0u8, len as usize, GFP_KERNEL)?;
+            let slice = UserSlice::new(UserPtr::from_addr(raw.key as usize), len as usize);
+            slice.reader().read_slice(&mut key)?;
+            return Ok(Key::Bytes(key));
+        }
+        // More pieces than bytes cannot be: an extent has at least one.
+        if len > ext::PMSKB_MAX_KEY {
+            return Err(errno(bindings::ENAMETOOLONG));
+        }
+        self.read_exts(raw.key, len, left)?;
+        let bytes: u64 = self.exts.iter().skip(self.object).map(|e| u64::from(e.0.len)).sum();
+        if bytes > u64::from(ext::PMSKB_MAX_KEY) {
+            return Err(errno(bindings::ENAMETOOLONG));
+        }
+        Ok(Key::Pieces)
+    }
+}
+
+/// Phase 2: what the extents are, with a hold on each of their frames.
+fn resolve(store: &Arc<Store>, caller: &mut Caller<'_, '_>, op: &mut Op) -> Result {
+    if matches!(op.action, Action::Release) || op.exts.is_empty() {
+        return Ok(());
+    }
+    op.pieces.reserve(op.exts.len(), GFP_KERNEL)?;
+    let Op {
+        fd,
+        object,
+        exts,
+        pieces,
+        meta,
+        ..
+    } = op;
+    with_socket(store, caller, *fd, |socket| {
+        meta.flow = flow(&socket.flow());
+        for (nr, ext) in exts.iter().map(|ext| &ext.0).enumerate() {
+            let held = socket.get(ext.token)?;
+            let len = u32::from(held.note.len);
+            let after = ext
+                .offset
+                .checked_add(ext.len)
+                .and_then(|end| len.checked_sub(end))
+                .ok_or(EINVAL)?;
+            let piece = pm::Piece {
+                off: held.frame.off() + u64::from(held.note.offset) + u64::from(ext.offset),
+                len: ext.len,
+                packet: pm::Packet {
+                    seq: held.note.seq.wrapping_sub(held.note.pkt_off),
+                    time: held.note.time,
+                    len: held.note.pkt_len,
+                    sum: Sum::new(held.note.csum),
+                    kind: csum_kind(held.note.kind),
+                },
+                at: held.note.pkt_off.saturating_add(ext.offset),
+                before: ext.offset,
+                after,
+            };
+            if nr == 0 {
+                meta.tcp_seq = held.note.seq.wrapping_add(ext.offset);
+            }
+            if nr < *object {
+                meta.copied |= held.note.copied;
+                // An object is there when its last packet has come.
+                if held.note.time >= meta.time {
+                    meta.time = held.note.time;
+                    meta.time_source = time_source(held.note.source);
+                }
+            }
+            socket.store().frames().hold(held.frame)?;
+            // Room was reserved above.
+            pieces.push(piece, GFP_KERNEL)?;
+        }
+        Ok(())
+    })?;
+    if overlap(op.pieces.get(..op.object).unwrap_or_default())? {
+        return Err(EINVAL);
+    }
+    Ok(())
+}
+
+/// The flow of a record, from that of a socket.
+fn flow(flow: &sock::Flow) -> Option<pm::Flow> {
+    let v4 = |addr: &[u8; 16]| addr.first_chunk().copied();
+    let addrs = match flow.version {
+        4 => pm::Addrs::V4 {
+            remote: v4(&flow.peer)?,
+            local: v4(&flow.local)?,
+        },
+        6 => pm::Addrs::V6 {
+            remote: flow.peer,
+            local: flow.local,
+        },
+        _ => return None,
+    };
+    Some(pm::Flow {
+        addrs,
+        remote_port: flow.peer_port,
+        local_port: flow.local_port,
+        udp: false,
+    })
+}
+
+fn csum_kind(kind: u8) -> pm::CsumKind {
+    match u32::from(kind) {
+        ext::pmskb_csum_kind_PMSKB_CSUM_DERIVED => pm::CsumKind::Derived,
+        ext::pmskb_csum_kind_PMSKB_CSUM_HARDWARE => pm::CsumKind::Hardware,
+        ext::pmskb_csum_kind_PMSKB_CSUM_COMPUTED => pm::CsumKind::Computed,
+        _ => pm::CsumKind::None,
+    }
+}
+
+fn time_source(source: u8) -> pm::TimeSource {
+    match u32::from(source) {
+        ext::pmskb_time_source_PMSKB_TIME_HARDWARE => pm::TimeSource::Hardware,
+        ext::pmskb_time_source_PMSKB_TIME_SOFTWARE => pm::TimeSource::Software,
+        ext::pmskb_time_source_PMSKB_TIME_PLACEMENT => pm::TimeSource::Placement,
+        _ => pm::TimeSource::None,
+    }
+}
+
+fn unhold(frames: &FrameArea, piece: &pm::Piece) {
+    if let Some(frame) = Frame::of(piece.off) {
+        // It was held by `hold`, so it cannot fail.
+        let _ = frames.unhold(frame);
+    }
+}
+
+/// Whether any two pieces have bytes in common.
+fn overlap(pieces: &[pm::Piece]) -> Result<bool> {
+    let end = |piece: &pm::Piece| piece.off.saturating_add(u64::from(piece.len));
+    let in_order = |pair: &[pm::Piece]| match pair {
+        [a, b] => end(a) <= b.off,
+        _ => true,
+    };
+    if pieces.windows(2).all(in_order) {
+        return Ok(false);
+    }
+    let mut sorted = KVVec::with_capacity(pieces.len(), GFP_KERNEL)?;
+    sorted.extend_from_slice(pieces, GFP_KERNEL)?;
+    sorted.sort_unstable_by_key(|piece| piece.off);
+    Ok(!sorted.windows(2).all(in_order))
+}
+
+/// Phase 3. What is the store's error is that of every operation that was not refused before.
+fn commit(store: &Store, ops: &mut [Op]) {
+    let stages = |op: &&mut Op| !op.failed() && !matches!(op.action, Action::Release);
+    // SAFETY: No requirements.
+    let now = unsafe { ext::pmskb_now_real() };
+    let mut any = false;
+    for op in ops.iter_mut().filter(stages) {
+        let composed = compose(store, op, now);
+        any |= composed.is_ok();
+        op.fail_if(composed);
+    }
+    if !any {
+        return;
+    }
+    let committed = store.core().and_then(|mut core| {
+        let core = core.get()?;
+        for op in ops.iter_mut().filter(stages) {
+            let staged = stage(core, op);
+            op.fail_if(staged);
+        }
+        core.commit().map_err(crate::errno)
+    });
+    if let Err(error) = committed {
+        // Whatever a result says so far, it is not durable.
+        for op in ops.iter_mut().filter(stages) {
+            op.fail_if(Err::<(), _>(error));
+        }
+    }
+}
+
+/// The checksum and the rest of the metadata that depends on the object's bytes.
+fn compose(store: &Store, op: &mut Op, now: u64) -> Result {
+    let _inside = store.enter()?;
+    let region: &Region = store.region();
+    let gathered = match &op.action {
+        Action::Put { key: Key::Pieces, .. } | Action::Delete { key: Key::Pieces } => {
+            gather(region, op.pieces.get(op.object..).unwrap_or_default())?
+        }
+        _ => None,
+    };
+    let object = op.pieces.get(..op.object).unwrap_or_default();
+    let composed = pm::compose(object, |off, len| sum(region, off, len)).map_err(crate::errno)?;
+    store.counters.computed_bytes.add(composed.read);
+    op.meta.csum = composed.sum;
+    op.meta.csum_kind = composed.kind;
+    if op.meta.time_source == pm::TimeSource::None {
+        op.meta.time = now;
+        op.meta.time_source = pm::TimeSource::Placement;
+    }
+    if let Some(bytes) = gathered {
+        match &mut op.action {
+            Action::Put { key, .. } | Action::Delete { key } => *key = Key::Bytes(bytes),
+            Action::Release => {}
+        }
+    }
+    Ok(())
+}
+
+/// The bytes of a key, unless they lie together and can stay where they are.
+fn gather(region: &impl Pmem, pieces: &[pm::Piece]) -> Result<Option<KVec<u8>>> {
+    if let [_] = pieces {
+        return Ok(None);
+    }
+    let mut key = KVec::new();
+    for piece in pieces {
+        let at = key.len();
+        key.resize(at + piece.len as usize, 0, GFP_KERNEL)?;
+        let to = key.get_mut(at..).ok_or(EINVAL)?;
+        region.read(piece.off, to).map_err(crate::errno)?;
+    }
+    Ok(Some(key))
+}
+
+/// Stages one operation.
+fn stage(core: &mut Core, op: &mut Op) -> Result {
+    let key_piece = op.pieces.get(op.object);
+    let in_packet = key_piece.map(|piece| pm::Extent::new(piece.off, piece.len));
+    match &op.action {
+        Action::Put { mode, key } => {
+            let mut extents = KVVec::with_capacity(op.object, GFP_KERNEL)?;
+            for piece in op.pieces.iter().take(op.object) {
+                extents.push(pm::Extent::new(piece.off, piece.len), GFP_KERNEL)?;
+            }
+            let key = match (key, in_packet) {
+                (Key::None, _) => pm::Key::None,
+                (Key::Bytes(bytes), _) => pm::Key::Bytes(bytes),
+                (Key::Pieces, Some(extent)) => pm::Key::Extent(extent),
+                (Key::Pieces, None) => return Err(EINVAL),
+            };
+            let outcome = core
+                .put(&pm::PutArgs {
+                    key,
+                    extents: &extents,
+                    meta: op.meta,
+                    mode: *mode,
+                })
+                .map_err(crate::errno)?;
+            let mut flags = 0;
+            if op.meta.copied {
+                flags |= ext::PMSKB_RES_COPIED;
+            }
+            if outcome.replaced {
+                flags |= ext::PMSKB_RES_REPLACED;
+            }
+            op.result = Plain(ext::pmskb_result {
+                res: i64::try_from(outcome.seq).map_err(|_| EOVERFLOW)?,
+                flags,
+                csum: op.meta.csum.get().to_be(),
+                csum_kind: op.meta.csum_kind as u8,
+                ..Default::default()
+            });
+        }
+        Action::Delete { key } => {
+            let mut buf;
+            let bytes: &[u8] = match (key, in_packet) {
+                (Key::Bytes(bytes), _) => bytes,
+                (Key::Pieces, Some(extent)) => {
+                    buf = KVec::from_elem(0u8, extent.len as usize, GFP_KERNEL)?;
+                    core.pm().read(extent.off, &mut buf).map_err(crate::errno)?;
+                    &buf
+                }
+                _ => return Err(EINVAL),
+            };
+            let seq = core.delete(bytes).map_err(crate::errno)?;
+            op.result.0.res = i64::try_from(seq).map_err(|_| EOVERFLOW)?;
+        }
+        Action::Release => {}
+    }
+    Ok(())
+}
+
+/// Phase 4: the tokens of a put that succeeded, and those of a release, go; the holds of this
+/// call go in any case.
+fn finish(store: &Arc<Store>, caller: &mut Caller<'_, '_>, op: &mut Op) {
+    let release = matches!(op.action, Action::Release);
+    if !op.failed() && !op.exts.is_empty() && (release || !op.keep) {
+        let exts = &op.exts;
+        let mut released = 0;
+        let done = with_socket(store, caller, op.fd, |socket| {
+            if release {
+                // All or none, so that a wrong token does no harm.
+                for ext in exts {
+                    socket.get(ext.0.token)?;
+                }
+            }
+            for ext in exts {
+                // An operation may name a token several times; it goes once.
+                released += i64::from(socket.release(ext.0.token).is_ok());
+            }
+            Ok(())
+        });
+        if release {
+            op.result.0.res = released;
+            op.fail_if(done);
+        }
+    }
+    for piece in &op.pieces {
+        unhold(store.frames(), piece);
+    }
+}
+
+/// Calls `then` with the socket that an operation names, locked. `EINVAL` if it names one where it
+/// must not, `EXDEV` if it is attached to another store, else the errors of
+/// [`ulp::with_attached`].
+fn with_socket<T>(
+    store: &Arc<Store>,
+    caller: &mut Caller<'_, '_>,
+    fd: i32,
+    then: impl FnOnce(&mut Attached<'_>) -> Result<T>,
+) -> Result<T> {
+    match caller {
+        Caller::Socket(socket) if fd == -1 => then(socket),
+        Caller::Socket(_) => Err(EINVAL),
+        Caller::Store => ulp::with_attached(fd, |socket| {
+            if !Arc::ptr_eq(socket.store(), store) {
+                return Err(errno(bindings::EXDEV));
+            }
+            then(socket)
+        }),
+    }
+}
+
+/// The Internet checksum of `len` bytes of the region; survives media errors.
+fn sum(region: &Region, off: u64, len: u32) -> pm::Result<Sum> {
+    let mut buf = [0u8; 512];
+    let mut sum = Sum::ZERO;
+    let mut at = 0u64;
+    while at < u64::from(len) {
+        let now = (u64::from(len) - at).min(buf.len() as u64);
+        let part = buf.get_mut(..now as usize).ok_or(pm::Error::Invalid)?;
+        region.read(off.saturating_add(at), part)?;
+        sum = sum.then(at, Sum::of(part));
+        at += now;
+    }
+    Ok(sum)
+}

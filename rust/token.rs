@@ -1,0 +1,218 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A socket's holds.
+//!
+//! A token names a part of one frame that a packet descriptor told the application about. It has
+//! one of the frame's holds, so the bytes stay as they are until the token is released. Tokens
+//! are numbers handed out in sequence; the table is a ring indexed by the number's low bits.
+//!
+//! All of this is under the socket's lock.
+
+use crate::{
+    frame::{Frame, FrameArea},
+    note::Note,
+    region::PAGE,
+};
+use kernel::{bindings, prelude::*};
+
+/// Tokens that a socket can have at once; then receive answers `ENOBUFS`.
+pub(crate) const MAX: usize = 65_536;
+/// Slots at first.
+const FIRST: usize = 64;
+
+/// What a token holds.
+#[derive(Clone, Copy)]
+pub(crate) struct Held {
+    /// The frame; one of its holds is the token's.
+    pub(crate) frame: Frame,
+    /// The bytes, `note.offset` and `note.len` in the frame, and what is known of them.
+    pub(crate) note: Note,
+}
+
+/// A part of what a token holds, as a put needs it.
+#[derive(Clone, Copy)]
+pub(crate) struct Piece {
+    /// The frame.
+    pub(crate) frame: Frame,
+    /// Byte offset of the part in the region.
+    pub(crate) offset: u64,
+    /// What is known of the part: its `offset`, `len`, `seq` and `pkt_off` are the part's, the
+    /// checksum is that of the packet's whole payload.
+    pub(crate) note: Note,
+}
+
+#[derive(Clone, Copy)]
+struct Slot {
+    token: u32,
+    held: Option<Held>,
+}
+
+const EMPTY: Slot = Slot {
+    token: 0,
+    held: None,
+};
+
+/// The tokens of one socket.
+pub(crate) struct Tokens {
+    slots: KVVec<Slot>,
+    /// Slots in use.
+    count: usize,
+    next: u32,
+}
+
+impl Tokens {
+    /// None, and no memory. Any context.
+    pub(crate) const fn new() -> Self {
+        Self {
+            slots: KVVec::new(),
+            count: 0,
+            // 0 is not handed out first, so that a structure left at zero is noticed.
+            next: 1,
+        }
+    }
+
+    /// Tokens held now.
+    pub(crate) fn count(&self) -> usize {
+        self.count
+    }
+
+    fn slot(&self, token: u32) -> Option<usize> {
+        let mask = self.slots.len().checked_sub(1)?;
+        Some(token as usize & mask)
+    }
+
+    fn grow(&mut self) -> Result {
+        let size = (self.slots.len() * 2).max(FIRST);
+        let mut slots = KVVec::from_elem(EMPTY, size, GFP_KERNEL_ACCOUNT)?;
+        for old in &self.slots {
+            // Two that differ in the low bits of the small table differ in those of the large one.
+            if let (Some(_), Some(slot)) = (&old.held, slots.get_mut(old.token as usize & (size - 1)))
+            {
+                *slot = *old;
+            }
+        }
+        self.slots = slots;
+        Ok(())
+    }
+
+    /// A token for `held`, whose hold it takes over. Process context.
+    ///
+    /// `ENOBUFS` if the socket has [`MAX`] tokens, `ENOMEM`; then the hold is still the caller's.
+    pub(crate) fn add(&mut self, held: Held) -> Result<u32> {
+        if self.count >= MAX {
+            return Err(Error::from_errno(-(bindings::ENOBUFS as i32)));
+        }
+        // At most three quarters full, so that a free slot is near. Old tokens that are kept may
+        // still lie in a row; it cannot be longer than the table.
+        if (self.count + 1) * 4 > self.slots.len() * 3 {
+            self.grow()?;
+        }
+        for _ in 0..self.slots.len() {
+            let token = self.next;
+            self.next = self.next.wrapping_add(1);
+            let at = self.slot(token).ok_or(EINVAL)?;
+            if let Some(slot) = self.slots.get_mut(at).filter(|slot| slot.held.is_none()) {
+                *slot = Slot {
+                    token,
+                    held: Some(held),
+                };
+                self.count += 1;
+                return Ok(token);
+            }
+        }
+        Err(Error::from_errno(-(bindings::ENOBUFS as i32)))
+    }
+
+    /// What a token holds. `ENOENT` if it is not one of this socket's.
+    pub(crate) fn get(&self, token: u32) -> Result<&Held> {
+        self.slot(token)
+            .and_then(|at| self.slots.get(at))
+            .filter(|slot| slot.token == token)
+            .and_then(|slot| slot.held.as_ref())
+            .ok_or(ENOENT)
+    }
+
+    /// A part of what a token holds, `offset` and `len` within its extent.
+    ///
+    /// `ENOENT` if it is not one of this socket's, `EINVAL` if `len` is 0, `ERANGE` if the part is
+    /// not within the extent.
+    pub(crate) fn resolve(&self, token: u32, offset: u32, len: u32) -> Result<Piece> {
+        let held = self.get(token)?;
+        if len == 0 {
+            return Err(EINVAL);
+        }
+        let end = offset.checked_add(len).ok_or(ERANGE)?;
+        if end > u32::from(held.note.len) {
+            return Err(ERANGE);
+        }
+        let note = held.note.part(offset, len);
+        Ok(Piece {
+            frame: held.frame,
+            offset: held.frame.off() + u64::from(note.offset),
+            note,
+        })
+    }
+
+    /// Takes a token out. Its hold is the caller's then, who gives it back or makes it a record's.
+    ///
+    /// `ENOENT` if it is not one of this socket's.
+    pub(crate) fn take(&mut self, token: u32) -> Result<Held> {
+        let at = self.slot(token).ok_or(ENOENT)?;
+        let slot = self
+            .slots
+            .get_mut(at)
+            .filter(|slot| slot.token == token)
+            .ok_or(ENOENT)?;
+        let held = slot.held.take().ok_or(ENOENT)?;
+        self.count -= 1;
+        Ok(held)
+    }
+
+    /// Releases one token. `ENOENT` if it is not one of this socket's.
+    pub(crate) fn release(&mut self, area: &FrameArea, token: u32) -> Result {
+        let held = self.take(token)?;
+        area.unhold(held.frame).map(|_| ())
+    }
+
+    /// Releases those that exist of `count` tokens from `first`; how many. Bounded by the table's
+    /// size whatever `count` is.
+    pub(crate) fn release_range(&mut self, area: &FrameArea, first: u32, count: u32) -> u32 {
+        let mut released = 0;
+        if count as usize <= self.slots.len() {
+            for n in 0..count {
+                released += u32::from(self.release(area, first.wrapping_add(n)).is_ok());
+            }
+            return released;
+        }
+        for at in 0..self.slots.len() {
+            let token = match self.slots.get(at) {
+                Some(Slot {
+                    token,
+                    held: Some(_),
+                }) => *token,
+                _ => continue,
+            };
+            if token.wrapping_sub(first) < count {
+                released += u32::from(self.release(area, token).is_ok());
+            }
+        }
+        released
+    }
+
+    /// Releases all of them, and the table's memory. Any context but hard interrupts.
+    pub(crate) fn clear(&mut self, area: &FrameArea) -> usize {
+        let count = self.count;
+        for slot in &mut self.slots {
+            if let Some(held) = slot.held.take() {
+                // It is of this area, so it has the hold.
+                let _ = area.unhold(held.frame);
+            }
+        }
+        self.count = 0;
+        self.slots = KVVec::new();
+        count
+    }
+}
+
+/// A part of a frame fits a [`Note`]'s offset and length.
+const _: () = assert!(PAGE <= u16::MAX as usize);
