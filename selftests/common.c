@@ -97,7 +97,7 @@ void dev_sweep(int ctl)
 		       !strncmp((char *)info.label, TEST_LABEL, sizeof(info.label));
 		close(fd);
 		if (ours)
-			dev_detach(ctl, minor, 5000);
+			dev_detach(ctl, minor, 1000);
 	}
 }
 
@@ -151,15 +151,18 @@ static int store_attach(struct store *s)
 
 int store_make(struct store *s, enum dev dev, uint32_t flags, uint64_t head_bytes)
 {
-	int err = store_begin(s, dev);
+	int err = store_begin(s, dev), tries;
 
 	if (err)
 		return err;
 	flags |= PMSKB_FORMAT_FORCE;
-	err = dev_format(s->ctl, s->dev, flags, head_bytes);
-	if (err == -EBUSY) {
-		dev_sweep(s->ctl);
+	/* A test before this one may have been killed, and is still going. */
+	for (tries = 0; tries < 100; tries++) {
 		err = dev_format(s->ctl, s->dev, flags, head_bytes);
+		if (err != -EBUSY)
+			break;
+		dev_sweep(s->ctl);
+		usleep(100000);
 	}
 	return err ?: store_attach(s);
 }
@@ -185,7 +188,7 @@ int store_close(struct store *s)
 
 	store_let_go(s);
 	if (s->minor != ~0U)
-		err = dev_detach(s->ctl, s->minor, 10000);
+		err = dev_detach(s->ctl, s->minor, 4000);
 	s->minor = ~0U;
 	if (s->dev >= 0)
 		close(s->dev);
@@ -209,9 +212,31 @@ int store_quiet(const struct store *s, int ms, struct pmskb_store_info *info)
 		err = store_info(s, info);
 		if (err)
 			return err;
-		if (!info->tokens && !info->frames_limbo &&
-		    info->frames_free + info->frames_meta + info->frames_record +
-		    info->frames_bad == info->frames_total)
+		/*
+		 * Limbo is looked through only when frames run short; what is
+		 * in it counts as back, and detach tells if it is.
+		 */
+		if (!info->tokens &&
+		    info->frames_free + info->frames_limbo + info->frames_meta +
+		    info->frames_record + info->frames_bad == info->frames_total) {
+			info->frames_free += info->frames_limbo;
+			return 0;
+		}
+		if (ms <= 0)
+			return -ETIMEDOUT;
+		usleep(20000);
+	}
+}
+
+int store_back(const struct store *s, int ms, struct pmskb_store_info *info)
+{
+	for (;; ms -= 20) {
+		int err = store_quiet(s, 0, info);
+
+		if (err && err != -ETIMEDOUT)
+			return err;
+		if (!err && !info->sockets && info->frames_free == s->info.frames_free &&
+		    info->heads_free == s->info.heads_free)
 			return 0;
 		if (ms <= 0)
 			return -ETIMEDOUT;
@@ -601,14 +626,10 @@ int sender_wait(struct sender *s)
 
 int desc_recv_flags(int fd, struct pmskb_desc *d, int max, int flags, ssize_t *bytes, int *msg_flags)
 {
-	/* Large enough for every test; there is no data to put into it. */
-	static char data[64];
 	size_t room = max * CMSG_SPACE(sizeof(*d));
 	char *control = calloc(1, room ?: 1);
-	struct iovec iov = { data, sizeof(data) };
+	/* No buffers for bytes: there is no bound then. */
 	struct msghdr msg = {
-		.msg_iov = &iov,
-		.msg_iovlen = 1,
 		.msg_control = control,
 		.msg_controllen = room,
 	};

@@ -66,8 +66,10 @@ int store_open(struct store *s, enum dev dev);
 int store_close(struct store *s);
 void store_let_go(struct store *s);
 int store_info(const struct store *s, struct pmskb_store_info *info);
-/* Waits until no frame is held by tokens or the stack any more. */
+/* Waits until no frame is held by a token any more; limbo counts as free in info. */
 int store_quiet(const struct store *s, int ms, struct pmskb_store_info *info);
+/* Waits until all frames and heads are free that were when it was attached, and no socket is. */
+int store_back(const struct store *s, int ms, struct pmskb_store_info *info);
 
 /* ---- network ---- */
 

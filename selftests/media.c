@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -140,4 +141,229 @@ int sb_patch(const char *dev, uint64_t off, size_t at, const void *bytes, size_t
 	if (seal)
 		sb_seal(page);
 	return media_write(dev, off, page, sizeof(page));
+}
+
+/* ---- records ---- */
+
+#define LINE 64
+#define TYPE_PUT 1
+#define F_KEY_EXTENT (1 << 6)
+#define F_EXT_LIST (1 << 7)
+#define F_PAYLOAD_CRC (1 << 9)
+#define F_KEYED (1 << 12)
+#define PER_LIST ((4096 - LINE) / 8)
+
+struct place {
+	const uint8_t *base;
+	size_t len;
+};
+
+static const uint8_t *bytes_at(const struct place *p, uint64_t off, uint64_t len)
+{
+	return off <= p->len && len <= p->len - off ? p->base + off : NULL;
+}
+
+static int add_extent(const struct place *p, struct record *r, uint32_t *have, uint64_t word)
+{
+	uint64_t off = word >> 20, len = (word & 0xfffff) + 1;
+	const uint8_t *from = bytes_at(p, off, len);
+
+	if (!from || len > r->len - *have)
+		return -EUCLEAN;
+	memcpy(r->bytes + *have, from, len);
+	*have += len;
+	return 0;
+}
+
+static int parse_record(const struct place *p, const uint8_t *frame, unsigned int line, struct record *r)
+{
+	const uint8_t *m = frame + line * LINE, *at;
+	uint32_t nonce = get32(frame + 48), crc, have = 0, i, n;
+	unsigned int lines = m[5];
+	uint64_t first;
+	int err = 0;
+
+	memset(r, 0, offsetof(struct record, key));
+	r->flags = m[6] | m[7] << 8;
+	r->seq = get64(m + 8);
+	r->time = get64(m + 16);
+	r->len = get32(m + 24);
+	r->csum = m[28] | m[29] << 8;
+	r->key_len = m[30] | m[31] << 8;
+	first = get64(m + 32);
+	r->nr_extents = get32(m + 40);
+	r->tcp_seq = get32(m + 44);
+	r->remote_port = m[48] | m[49] << 8;
+	r->local_port = m[50] | m[51] << 8;
+	r->keyed = r->flags & F_KEYED;
+	if (r->key_len > sizeof(r->key))
+		return -EUCLEAN;
+
+	at = m + LINE;
+	switch (r->flags >> 4 & 3) {
+	case 1:
+		r->family = 4;
+		memcpy(r->remote, m + 52, 4);
+		memcpy(r->local, m + 56, 4);
+		break;
+	case 2:
+		r->family = 6;
+		memcpy(r->remote, at, 16);
+		memcpy(r->local, at + 16, 16);
+		at += 32;
+		break;
+	}
+	crc = crc32c(nonce, m + 4, lines * LINE - 4);
+	if (r->flags & F_KEY_EXTENT) {
+		const uint8_t *key = bytes_at(p, get64(at) >> 20, r->key_len);
+
+		if (!key || (get64(at) & 0xfffff) + 1 != r->key_len)
+			return -EUCLEAN;
+		memcpy(r->key, key, r->key_len);
+		crc = crc32c(crc, key, r->key_len);
+		at += 8;
+	} else {
+		memcpy(r->key, at, r->key_len);
+		at += (r->key_len + 7) / 8 * 8;
+	}
+	/* Cut short, or the rest of another store: not a record. */
+	if (crc != get32(m))
+		return 1;
+
+	r->bytes = malloc(r->len ? r->len : 1);
+	if (!r->bytes)
+		return -ENOMEM;
+	if (!(r->flags & F_EXT_LIST)) {
+		for (i = 0; i < r->nr_extents && !err; i++)
+			err = add_extent(p, r, &have, i ? get64(at + (i - 1) * 8) : first);
+	} else {
+		uint32_t index = 0, left = r->nr_extents;
+
+		while (left && !err) {
+			const uint8_t *list = bytes_at(p, first, 4096);
+
+			n = left < PER_LIST ? left : PER_LIST;
+			if (!list || memcmp(list + 4, "PKel", 4) || get64(list + 8) != first ||
+			    get64(list + 16) != r->seq || get32(list + 32) != n ||
+			    get32(list + 36) != index++ ||
+			    get32(list) != crc32c(nonce, list + 4, LINE - 4 + (n + 7) / 8 * LINE)) {
+				err = -EUCLEAN;
+				break;
+			}
+			for (i = 0; i < n && !err; i++)
+				err = add_extent(p, r, &have, get64(list + LINE + i * 8));
+			left -= n;
+			first = get64(list + 24);
+		}
+	}
+	if (!err && have != r->len)
+		err = -EUCLEAN;
+	if (!err && (r->flags & F_PAYLOAD_CRC) && crc32c(0, r->bytes, r->len) != get32(m + 60))
+		err = -EUCLEAN;
+	if (err)
+		free(r->bytes);
+	return err;
+}
+
+struct found {
+	struct record r;
+	bool superseded;
+};
+
+/* By key, then by number; without a key last, by number. */
+static int by_key(const void *a, const void *b)
+{
+	const struct record *x = &(*(struct found *const *)a)->r, *y = &(*(struct found *const *)b)->r;
+	int c;
+
+	if (x->keyed != y->keyed)
+		return x->keyed ? -1 : 1;
+	c = memcmp(x->key, y->key, x->key_len < y->key_len ? x->key_len : y->key_len);
+	if (!c && x->key_len != y->key_len)
+		c = x->key_len < y->key_len ? -1 : 1;
+	if (!c || !x->keyed)
+		c = x->seq < y->seq ? -1 : x->seq > y->seq;
+	return c;
+}
+
+static int scan_frame(const struct place *p, const uint8_t *f, struct found ***all, int *n)
+{
+	unsigned int line;
+
+	for (line = 1; line < 64;) {
+		const uint8_t *m = f + line * LINE;
+		struct found *one;
+		int err;
+
+		if (!m[5] || line + m[5] > 64 || m[4] != TYPE_PUT ||
+		    get64(m + 8) < get64(f + 16) || get64(m + 8) - get64(f + 16) >= 64) {
+			line++;
+			continue;
+		}
+		one = calloc(1, sizeof(*one));
+		err = one ? parse_record(p, f, line, &one->r) : -ENOMEM;
+		if (err) {
+			free(one);
+			if (err < 0)
+				return err;
+			line++;
+			continue;
+		}
+		if (!(*n & (*n + 1)))
+			*all = realloc(*all, (2 * (*n + 1)) * sizeof(**all));
+		(*all)[(*n)++] = one;
+		line += m[5];
+	}
+	return 0;
+}
+
+int media_scan(const uint8_t *base, size_t len, int (*each)(struct record *r, void *arg), void *arg)
+{
+	struct place p = { base, len };
+	struct found **all = NULL;
+	uint64_t off, data, end;
+	const uint8_t *map;
+	int n = 0, live = 0, err = 0, i;
+
+	if (!sb_valid(base))
+		return -EUCLEAN;
+	data = get64(base + SB_DATA_OFF);
+	end = data + get64(base + SB_DATA_LEN);
+	map = base + get64(base + SB_MAP_OFF);
+	if (end > len)
+		end = len;
+	for (off = data; off + 4096 <= end && !err; off += 4096) {
+		const uint8_t *f = base + off;
+		unsigned int frame = off / 4096;
+
+		/* The frame map says which frames have records. */
+		if (!(map[frame / 8] >> frame % 8 & 1))
+			continue;
+		if (memcmp(f + 4, "PKrf", 4) || get64(f + 8) != off ||
+		    memcmp(f + 24, base + SB_UUID, 16) || get32(f) != crc32c(0, f + 4, LINE - 4))
+			continue;
+		err = scan_frame(&p, f, &all, &n);
+	}
+	/*
+	 * A record whose key has a later one is replaced, whether or not it was
+	 * killed yet.
+	 */
+	if (n)
+		qsort(all, n, sizeof(*all), by_key);
+	for (i = 0; i + 1 < n; i++) {
+		const struct record *x = &all[i]->r, *y = &all[i + 1]->r;
+
+		all[i]->superseded = x->keyed && y->keyed && x->key_len == y->key_len &&
+				     !memcmp(x->key, y->key, x->key_len);
+	}
+	for (i = 0; i < n; i++) {
+		if (!err && !all[i]->superseded) {
+			live++;
+			err = each ? each(&all[i]->r, arg) : 0;
+		}
+		free(all[i]->r.bytes);
+		free(all[i]);
+	}
+	free(all);
+	return err ? err : live;
 }

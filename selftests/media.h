@@ -50,4 +50,30 @@ void sb_seal(uint8_t *page);
 /* Changes bytes of the superblock at off; sealed again if so wanted. */
 int sb_patch(const char *dev, uint64_t off, size_t at, const void *bytes, size_t len, bool seal);
 
+/* ---- records ---- */
+
+struct record {
+	uint64_t seq, time;
+	uint32_t len, nr_extents, tcp_seq;
+	uint16_t flags, csum;		/* csum as a number */
+	uint16_t remote_port, local_port;
+	uint8_t family;			/* 0: none, 4, 6 */
+	uint8_t remote[16], local[16];
+	bool keyed;
+	uint16_t key_len;
+	uint8_t key[1024];
+	uint8_t *bytes;			/* malloc()ed; len bytes */
+};
+
+#define REC_COPIED (1 << 8)
+#define REC_CSUM_KIND(flags) ((flags) & 3)
+#define REC_TIME_SOURCE(flags) ((flags) >> 2 & 3)
+
+/*
+ * All live records of a region that is mapped or in memory: their number, or
+ * -EUCLEAN if something is damaged. Calls each() for each, in order of their
+ * keys, then those without; stops when that returns something else than 0.
+ */
+int media_scan(const uint8_t *base, size_t len, int (*each)(struct record *r, void *arg), void *arg);
+
 #endif

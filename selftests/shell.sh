@@ -1,0 +1,300 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
+#
+# Promises that need other programs, or the module unloaded: transfers by socat,
+# curl and iperf3 on attached sockets (preload.so attaches them), unloading with
+# and without sockets, namespaces of the wrong mode. Run by ./run.
+#
+#   shell.sh [-t TEST]
+
+cd "$(dirname "$0")" || exit 2
+tmp=$(mktemp -d)
+trap 'rm -rf "$tmp"' EXIT
+mb=${PMSKB_TEST_TRANSFER_MB:-100}
+
+have() { command -v "$1" >/dev/null 2>&1; }
+skip() { printf '%s' "$*" >"$tmp/skip"; exit 4; }
+fail() { echo "# $*"; exit 1; }
+
+ctl() { have pmskbctl || skip "there is no pmskbctl"; pmskbctl "$@"; }
+
+# attach DEVICE: formats and attaches; sets store.
+attach() {
+	ctl format --force --label selftest "$1" >/dev/null || fail "pmskbctl format $1"
+	ctl attach "$1" >/dev/null || fail "pmskbctl attach $1"
+	store=
+	for s in /dev/pmskb[0-9]*; do store=$s; done
+	[ -c "$store" ] || fail "no store appeared"
+}
+
+detach() {
+	local k
+	for k in 1 2 3 4 5 6 7 8 9 10; do
+		ctl detach "${store##*/}" >"$tmp/detach" 2>&1 && return
+		sleep 1
+	done
+	sed 's/^/# /' "$tmp/detach"
+	fail "cannot detach $store"
+}
+
+need_pmem() { [ -n "$PMSKB_DEV_PMEM" ] && [ -e "$PMSKB_DEV_PMEM" ] || skip "PMSKB_DEV_PMEM is not set"; }
+need_dax() { [ -n "$PMSKB_DEV_DAX" ] && [ -e "$PMSKB_DEV_DAX" ] || skip "PMSKB_DEV_DAX is not set"; }
+
+# attached PROGRAM...: on attached sockets.
+attached() { LD_PRELOAD=$PWD/preload.so PMSKB_STORE=$store "$@"; }
+
+wait_for_port() {
+	local k
+	for k in $(seq 100); do
+		ss -Htln "sport = :$1" 2>/dev/null | grep -q . && return
+		sleep 0.1
+	done
+	fail "nothing listens on port $1"
+}
+
+blob() { head -c "$((mb << 20))" /dev/urandom >"$tmp/blob"; }
+
+placed() { pmskbctl info --json "${store##*/}" 2>/dev/null | tr -d ' \n' | sed -n 's/.*"placed_bytes":\([0-9]*\).*/\1/p'; }
+
+# The transfer was really through frames.
+was_placed() {
+	local p
+	p=$(placed)
+	[ -n "$p" ] || return 0
+	[ "$p" -ge "$(($1 * 9 / 10))" ] || fail "only $p of $1 bytes were placed"
+}
+
+socat_transfer_arrives_whole() {
+	need_pmem
+	have socat || skip "there is no socat"
+	attach "$PMSKB_DEV_PMEM"
+	blob
+	attached socat -u TCP-LISTEN:7001,reuseaddr,bind=127.0.0.1 "CREATE:$tmp/out" &
+	local server=$!
+	wait_for_port 7001
+	socat -u "FILE:$tmp/blob" TCP:127.0.0.1:7001 || fail "the client failed"
+	wait $server || fail "the server failed"
+	cmp "$tmp/blob" "$tmp/out" || fail "other bytes arrived"
+	was_placed $((mb << 20))
+	detach
+}
+
+socat_over_ipv6_and_fsdev_arrives_whole() {
+	need_dax
+	have socat || skip "there is no socat"
+	attach "$PMSKB_DEV_DAX"
+	blob
+	attached socat -u 'TCP6-LISTEN:7002,reuseaddr,bind=[::1]' "CREATE:$tmp/out" &
+	local server=$!
+	wait_for_port 7002
+	socat -u "FILE:$tmp/blob" 'TCP6:[::1]:7002' || fail "the client failed"
+	wait $server || fail "the server failed"
+	cmp "$tmp/blob" "$tmp/out" || fail "other bytes arrived"
+	was_placed $((mb << 20))
+	detach
+}
+
+curl_download_arrives_whole() {
+	need_pmem
+	have curl || skip "there is no curl"
+	have socat || skip "there is no socat"
+	attach "$PMSKB_DEV_PMEM"
+	blob
+	# A server in one line; it is the client that is attached here.
+	{
+		printf 'HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n' $((mb << 20))
+		cat "$tmp/blob"
+	} >"$tmp/reply"
+	socat "TCP-LISTEN:7003,reuseaddr,bind=127.0.0.1" "SYSTEM:head -n1 >/dev/null; cat $tmp/reply" &
+	local server=$!
+	wait_for_port 7003
+	attached curl -sS -m 300 -o "$tmp/out" http://127.0.0.1:7003/ || fail "curl failed: $?"
+	kill $server 2>/dev/null
+	wait $server 2>/dev/null
+	cmp "$tmp/blob" "$tmp/out" || fail "other bytes arrived"
+	was_placed $((mb << 20))
+	detach
+}
+
+iperf3_runs_both_ways() {
+	need_pmem
+	have iperf3 || skip "there is no iperf3"
+	attach "$PMSKB_DEV_PMEM"
+	attached iperf3 -s -p 7004 -B 127.0.0.1 -1 >"$tmp/server" 2>&1 &
+	local server=$!
+	wait_for_port 7004
+	iperf3 -c 127.0.0.1 -p 7004 -n "${mb}M" -P 2 >"$tmp/client" 2>&1 || { sed 's/^/# /' "$tmp/client"; fail "iperf3 failed"; }
+	wait $server
+	was_placed $((mb << 20))
+	attached iperf3 -s -p 7005 -B 127.0.0.1 -1 >"$tmp/server" 2>&1 &
+	server=$!
+	wait_for_port 7005
+	iperf3 -c 127.0.0.1 -p 7005 -n "${mb}M" -R >"$tmp/client" 2>&1 || { sed 's/^/# /' "$tmp/client"; fail "iperf3 -R failed"; }
+	wait $server
+	detach
+}
+
+# --- the module ------------------------------------------------------------
+
+unload() { rmmod pmskb 2>"$tmp/rmmod"; }
+load() {
+	if [ -n "$PMSKB_KO" ]; then insmod "$PMSKB_KO" "$@"; else modprobe pmskb "$@"; fi || fail "cannot load the module"
+	for _ in $(seq 50); do [ -e /dev/pmskb ] && return; sleep 0.1; done
+	fail "no /dev/pmskb"
+}
+builtin() { [ ! -e /sys/module/pmskb/refcnt ]; }
+
+the_module_unloads_and_loads() {
+	builtin && skip "the module is built in"
+	local k
+	for k in 1 2 3; do
+		unload || { sed 's/^/# /' "$tmp/rmmod"; fail "rmmod"; }
+		[ ! -e /dev/pmskb ] || fail "/dev/pmskb is still there"
+		load
+	done
+}
+
+unloading_with_an_open_store_is_refused() {
+	need_pmem
+	builtin && skip "the module is built in"
+	attach "$PMSKB_DEV_PMEM"
+	exec 9<"$store"
+	if unload; then fail "the module was unloaded under an open file"; fi
+	[ -e "$store" ] || fail "$store is gone"
+	exec 9<&-
+	detach
+	unload || { sed 's/^/# /' "$tmp/rmmod"; fail "rmmod afterwards"; }
+	load
+}
+
+unloading_with_an_attached_socket_is_refused() {
+	need_pmem
+	builtin && skip "the module is built in"
+	have socat || skip "there is no socat"
+	attach "$PMSKB_DEV_PMEM"
+	attached socat -u TCP-LISTEN:7006,reuseaddr,bind=127.0.0.1 /dev/null &
+	local server=$!
+	wait_for_port 7006
+	if unload; then fail "the module was unloaded under a socket"; fi
+	kill $server
+	wait $server 2>/dev/null
+	detach
+	unload || { sed 's/^/# /' "$tmp/rmmod"; fail "rmmod afterwards"; }
+	load
+}
+
+time_wait_sockets_do_not_keep_the_module_nor_crash_without_it() {
+	need_pmem
+	builtin && skip "the module is built in"
+	have socat || skip "there is no socat"
+	attach "$PMSKB_DEV_PMEM"
+	local k
+	attached socat -U TCP-LISTEN:7007,reuseaddr,bind=127.0.0.1,fork SYSTEM:'echo bye' 2>/dev/null &
+	local server=$!
+	wait_for_port 7007
+	# The server closes first: TIME_WAIT is with sockets that were attached.
+	for k in $(seq 50); do socat -u TCP:127.0.0.1:7007 - >/dev/null 2>&1; done
+	kill $server
+	wait $server 2>/dev/null
+	echo "# $(ss -Htan state time-wait 'sport = :7007' | wc -l) in TIME_WAIT"
+	detach
+	unload || { sed 's/^/# /' "$tmp/rmmod"; fail "rmmod with TIME_WAIT sockets"; }
+	# The last of them goes 60 s after it came; something must run then.
+	sleep "${PMSKB_TEST_TIME_WAIT:-65}"
+	load
+}
+
+the_attach_parameter_attaches_at_load() {
+	need_pmem
+	builtin && skip "the module is built in"
+	attach "$PMSKB_DEV_PMEM"
+	detach
+	unload || fail "rmmod"
+	load "attach=$PMSKB_DEV_PMEM"
+	store=
+	for s in /dev/pmskb[0-9]*; do [ -c "$s" ] && store=$s; done
+	[ -n "$store" ] || fail "nothing is attached"
+	detach
+	# What cannot be attached is no reason not to load.
+	unload || fail "rmmod"
+	load attach=/dev/null,/nonexistent
+}
+
+# --- the wrong devices -------------------------------------------------------
+
+# Creating namespaces takes the devices away from under the other tests: last.
+
+a_raw_namespace_is_refused() {
+	need_pmem
+	have ndctl || skip "there is no ndctl"
+	local ns dev st
+	ns=$(basename "$(realpath "/sys/block/${PMSKB_DEV_PMEM##*/}/device")")
+	case $ns in namespace*) ;; *) ns=namespace${ns#pfn} ;; esac
+	dev=${PMSKB_DEV_PMEM##*/}
+	ns=$(ndctl list -N 2>/dev/null | tr -d ' \n' | sed 's/},{/}\n{/g' |
+		sed -n "s/.*\"dev\":\"\\(namespace[0-9.]*\\)\".*\"blockdev\":\"$dev\".*/\\1/p" | head -n1)
+	[ -n "$ns" ] || skip "no namespace found for $dev"
+	ndctl create-namespace -f -e "$ns" -m raw >/dev/null 2>&1 || skip "ndctl cannot make a raw namespace"
+	dev=/dev/$dev
+	[ -e "$dev" ] || sleep 1
+	ctl format --force "$dev" >"$tmp/raw" 2>&1
+	st=$?
+	ndctl create-namespace -f -e "$ns" -m fsdax -M mem >/dev/null 2>&1 || fail "cannot make it fsdax again"
+	[ $st != 0 ] || fail "a raw namespace was formatted"
+	grep -qi 'not supported\|EOPNOTSUPP' "$tmp/raw" || { sed 's/^/# /' "$tmp/raw"; fail "no EOPNOTSUPP"; }
+}
+
+a_dax_device_of_the_other_driver_is_refused() {
+	need_dax
+	local name=${PMSKB_DEV_DAX##*/} d=/sys/bus/dax/drivers st
+	[ -e "$d/fsdev_dax/$name" ] || skip "$name is not bound to fsdev_dax"
+	echo "$name" >$d/fsdev_dax/unbind || fail "unbind"
+	echo "$name" >$d/device_dax/bind 2>/dev/null || echo "$name" >$d/device_dax/new_id
+	sleep 1
+	ctl format --force "$PMSKB_DEV_DAX" >"$tmp/dev" 2>&1
+	st=$?
+	echo "$name" >$d/device_dax/unbind
+	echo "$name" >$d/fsdev_dax/bind 2>/dev/null || echo "$name" >$d/fsdev_dax/new_id
+	[ $st != 0 ] || fail "it was formatted"
+	grep -qi 'protocol driver not attached\|EUNATCH' "$tmp/dev" || { sed 's/^/# /' "$tmp/dev"; fail "no EUNATCH"; }
+}
+
+# --- TAP -----------------------------------------------------------------
+
+tests="the_module_unloads_and_loads
+socat_transfer_arrives_whole
+socat_over_ipv6_and_fsdev_arrives_whole
+curl_download_arrives_whole
+iperf3_runs_both_ways
+unloading_with_an_open_store_is_refused
+unloading_with_an_attached_socket_is_refused
+the_attach_parameter_attaches_at_load
+time_wait_sockets_do_not_keep_the_module_nor_crash_without_it
+a_dax_device_of_the_other_driver_is_refused
+a_raw_namespace_is_refused"
+
+[ "$1" != -t ] || tests=$2
+# shellcheck disable=SC2086 # words
+set -- $tests
+echo "TAP version 13"
+echo "1..$#"
+n=0 status=0
+for t; do
+	n=$((n + 1))
+	rm -f "$tmp"/*
+	("$t")
+	case $? in
+	0) echo "ok $n $t" ;;
+	4) echo "ok $n $t # SKIP $(cat "$tmp/skip")" ;;
+	*)
+		echo "not ok $n $t"
+		status=1
+		# Nothing of it may be in the way of the next.
+		for s in /dev/pmskb[0-9]*; do
+			[ -c "$s" ] && have pmskbctl && pmskbctl detach "${s##*/}" >/dev/null 2>&1
+		done
+		[ -e /dev/pmskb ] || modprobe pmskb 2>/dev/null
+		;;
+	esac
+done
+exit $status

@@ -48,7 +48,7 @@ impl Extent {
         if self.len == 0 || u64::from(self.len) > MAX_EXTENT || self.off >> 44 != 0 {
             return Err(Error::Invalid);
         }
-        Ok(self.off << 20 | u64::from(self.len - 1))
+        Ok((self.off << 20) | u64::from(self.len - 1))
     }
 
     /// The opposite of [`pack`](Self::pack); every number is some extent.

@@ -111,13 +111,13 @@ impl Entry {
             FrameState::Held => 3,
             FrameState::Bad => 4,
         };
-        Entry(u64::from(holds & MAX_HOLDS) | state << 29)
+        Entry(u64::from(holds & MAX_HOLDS) | (state << 29))
     }
     fn holds(self) -> u32 {
         self.0 as u32 & MAX_HOLDS
     }
     fn state(self) -> FrameState {
-        match self.0 >> 29 & 7 {
+        match (self.0 >> 29) & 7 {
             0 => FrameState::Free,
             1 => FrameState::Owned,
             2 => FrameState::Limbo,
@@ -132,10 +132,10 @@ impl Entry {
         Entry(self.0 & !u64::from(MAX_HOLDS) | u64::from(holds & MAX_HOLDS))
     }
     fn with_state(self, state: FrameState) -> Self {
-        Entry(Entry::new(state, self.holds()).0 | self.0 >> 32 << 32)
+        Entry(Entry::new(state, self.holds()).0 | (self.0 >> 32 << 32))
     }
     fn with_next(self, next: u32) -> Self {
-        Entry(self.0 & 0xffff_ffff | u64::from(next) << 32)
+        Entry(self.0 & 0xffff_ffff | (u64::from(next) << 32))
     }
 }
 
@@ -433,13 +433,15 @@ impl<B: Buf> FrameTable<B> {
             if entry.state() != FrameState::Limbo {
                 continue;
             }
-            if entry.holds() > 0 {
+            // Idle first: a frame leaves limbo only then, so that the host can let
+            // go of what it knows about the frame's page, held again or not.
+            if !idle(Frame(self.first + index)) {
+                self.push_limbo(index);
+            } else if entry.holds() > 0 {
                 self.change(index, FrameState::Held);
-            } else if idle(Frame(self.first + index)) {
+            } else {
                 self.change(index, FrameState::Free);
                 freed += 1;
-            } else {
-                self.push_limbo(index);
             }
         }
         freed

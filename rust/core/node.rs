@@ -54,7 +54,7 @@ impl Head {
         let head = Head {
             count: (word & 0xffff) as usize,
             level: (word >> 16) as u8,
-            skip: (word >> 32 & 0xffff) as usize,
+            skip: ((word >> 32) & 0xffff) as usize,
         };
         if word >> 48 != MAGIC || head.count > head.max() {
             return Err(Error::Damaged);
@@ -64,9 +64,9 @@ impl Head {
 
     pub(super) fn write<P: Pmem>(&self, pm: &P, node: u64) -> Result<()> {
         let word = self.count as u64
-            | u64::from(self.level) << 16
-            | (self.skip as u64) << 32
-            | MAGIC << 48;
+            | (u64::from(self.level) << 16)
+            | ((self.skip as u64) << 32)
+            | (MAGIC << 48);
         pm.store(node + 8, word)
     }
 
@@ -202,12 +202,14 @@ pub(super) fn search<P: Pmem>(
 
 /// Free nodes.
 ///
-/// Frames with free nodes are in a doubly linked list through their first
-/// node's words. One with four goes back to the allocator, unless the nodes are
-/// needed for what is staged.
+/// Frames of which some nodes are free are in a doubly linked list through their
+/// first node's words, those of which all are in another. The latter go back to
+/// the allocator, but for what is needed for what is staged.
 pub(super) struct Pool {
-    /// Offset of the first frame with a free node, or 0.
+    /// Offset of the first frame with nodes in use and free ones, or 0.
     head: u64,
+    /// Offset of the first frame whose nodes are all free, or 0.
+    spare: u64,
     /// Free nodes.
     pub(super) free: u64,
     /// Frames of nodes, free or not.
@@ -221,6 +223,7 @@ impl Pool {
     pub(super) fn new(version: u64) -> Self {
         Pool {
             head: 0,
+            spare: 0,
             free: 0,
             frames: 0,
             keep: 0,
@@ -246,16 +249,12 @@ impl Pool {
         pm.store(node, version)
     }
 
-    fn set_links<P: Pmem>(&mut self, pm: &P, frame: u64, next: u64, prev: u64) -> Result<()> {
-        pm.store(frame + 16, next)?;
-        pm.store(frame + 24, prev)
-    }
-
     fn push<P: Pmem>(&mut self, pm: &P, frame: u64) -> Result<()> {
         if self.head != 0 {
             pm.store(self.head + 24, frame)?;
         }
-        self.set_links(pm, frame, self.head, 0)?;
+        pm.store(frame + 16, self.head)?;
+        pm.store(frame + 24, 0)?;
         self.head = frame;
         Ok(())
     }
@@ -273,6 +272,21 @@ impl Pool {
         Ok(())
     }
 
+    fn push_spare<P: Pmem>(&mut self, pm: &P, frame: u64) -> Result<()> {
+        pm.store(frame + 16, self.spare)?;
+        self.spare = frame;
+        Ok(())
+    }
+
+    fn pop_spare<P: Pmem>(&mut self, pm: &P) -> Result<Option<u64>> {
+        if self.spare == 0 {
+            return Ok(None);
+        }
+        let frame = self.spare;
+        self.spare = pm.load(frame + 16)?;
+        Ok(Some(frame))
+    }
+
     /// Sees to it that there are `want` free nodes.
     pub(super) fn reserve<P: Pmem, F: Frames>(
         &mut self,
@@ -282,12 +296,17 @@ impl Pool {
     ) -> Result<()> {
         while self.free < want {
             let frame = frames.alloc().ok_or(Error::NoSpace)?.off();
-            for node in 0..4 {
-                let version = self.version();
-                pm.store(frame + node * NODE_SIZE, version)?;
+            let empty = Head {
+                count: 0,
+                level: 0,
+                skip: 0,
+            };
+            for node in (0..4).map(|node| frame + node * NODE_SIZE) {
+                empty.write(pm, node)?;
+                self.end(pm, node)?;
             }
             pm.store(frame + 32, 0xf)?;
-            self.push(pm, frame)?;
+            self.push_spare(pm, frame)?;
             self.free += 4;
             self.frames += 1;
         }
@@ -296,10 +315,11 @@ impl Pool {
 
     /// Takes a free node; there is one by `reserve`.
     pub(super) fn alloc<P: Pmem>(&mut self, pm: &P) -> Result<u64> {
-        let frame = self.head;
-        if frame == 0 {
-            return Err(Error::NoSpace);
+        if self.head == 0 {
+            let frame = self.pop_spare(pm)?.ok_or(Error::NoSpace)?;
+            self.push(pm, frame)?;
         }
+        let frame = self.head;
         let mask = pm.load(frame + 32)? & 0xf;
         if mask == 0 {
             return Err(Error::Damaged);
@@ -315,23 +335,36 @@ impl Pool {
     }
 
     /// Gives a node back.
-    pub(super) fn free<P: Pmem, F: Frames>(
-        &mut self,
-        pm: &P,
-        frames: &F,
-        node: u64,
-    ) -> Result<()> {
+    pub(super) fn free<P: Pmem, F: Frames>(&mut self, pm: &P, frames: &F, node: u64) -> Result<()> {
         let frame = node / FRAME_SIZE * FRAME_SIZE;
         self.end(pm, node)?;
         let mask = pm.load(frame + 32)? & 0xf;
-        let now = mask | 1 << (node % FRAME_SIZE / NODE_SIZE);
+        let now = mask | (1 << (node % FRAME_SIZE / NODE_SIZE));
         pm.store(frame + 32, now)?;
         if mask == 0 {
             self.push(pm, frame)?;
         }
         self.free += 1;
-        if now == 0xf && self.free >= self.keep + 4 {
+        if now == 0xf {
             self.unlink(pm, frame)?;
+            self.push_spare(pm, frame)?;
+            self.trim(pm, frames)?;
+        }
+        Ok(())
+    }
+
+    /// Gives frames back until no more than `keep` nodes, or none that can go,
+    /// are free.
+    pub(super) fn trim<P: Pmem, F: Frames>(&mut self, pm: &P, frames: &F) -> Result<()> {
+        while self.free >= self.keep.saturating_add(4) {
+            let Some(frame) = self.pop_spare(pm)? else {
+                break;
+            };
+            for node in (0..4).map(|node| frame + node * NODE_SIZE) {
+                // No node any more, whatever becomes of the frame.
+                self.end(pm, node)?;
+                pm.store(node + 8, 0)?;
+            }
             self.free -= 4;
             self.frames = self.frames.saturating_sub(1);
             frames.unhold(Frame::of(frame).ok_or(Error::Damaged)?)?;

@@ -16,7 +16,7 @@ use super::node::Kind;
 use super::record::{key_of, parse, FrameHeader, KeySrc, Line, Locator, Record, LINES};
 use super::superblock::{probe, Geometry, Superblock};
 use super::tree::{find, Goal};
-use super::{live, Error, Live, Pmem, Result};
+use super::{live, Error, Live, Pmem, Result, MAX_STAGED};
 
 /// How often a reader begins anew before it gives up with [`Error::Busy`].
 const TRIES: u32 = 1_000;
@@ -31,11 +31,11 @@ pub enum Direction {
 }
 
 /// Turns the arguments of a seek into what the tree understands.
-pub(super) fn view<'a>(
-    key: Option<&'a [u8]>,
+pub(super) fn view(
+    key: Option<&[u8]>,
     inclusive: bool,
     direction: Direction,
-) -> (KeySrc<'a>, Goal) {
+) -> (KeySrc<'_>, Goal) {
     let goal = match (key, direction) {
         (None, Direction::Forward) => Goal::Above { inclusive: true },
         (None, Direction::Backward) => Goal::Last,
@@ -113,7 +113,8 @@ fn log_frame<P: Pmem>(
 ) -> Result<Step> {
     view.geo.check_frame(off)?;
     let header = FrameHeader::read(view.pm, off, view.uuid)?;
-    let same = after.is_some_and(|record| record.loc.frame_off() == off && record.nonce == header.nonce);
+    let same =
+        after.is_some_and(|record| record.loc.frame_off() == off && record.nonce == header.nonce);
     let mut line = if same { start } else { 1 };
     while line < LINES {
         match parse(view.pm, view.geo, &header, line)? {
@@ -243,20 +244,38 @@ impl<P: Pmem> Reader<P> {
     }
 
     fn find(&self, key: KeySrc<'_>, goal: Goal) -> Result<Option<Record>> {
-        for _ in 0..TRIES {
-            let Some(found) = find(&self.pm, Kind::Keys, live::KEY_ROOT, &key, goal)? else {
+        let pm = &self.pm;
+        let lookup = |key: &KeySrc<'_>, goal| find(pm, Kind::Keys, live::KEY_ROOT, key, goal);
+        'anew: for _ in 0..TRIES {
+            let Some(mut found) = lookup(&key, goal)? else {
                 return Ok(None);
             };
-            let line = self.line(Locator(found.loc));
-            if !found.still(&self.pm)? {
-                continue;
-            }
-            match line? {
-                Line::Put(record) => return Ok(Some(record)),
-                // Deleted, durably, and about to leave the index.
-                Line::Killed { .. } if goal == Goal::Exact => return Ok(None),
-                Line::Killed { .. } => core::hint::spin_loop(),
-                _ => return Err(Error::Damaged),
+            // Records that are deleted, durably, and about to leave the index are
+            // passed over; a batch has no more of them than this.
+            for _ in 0..=MAX_STAGED {
+                let line = self.line(Locator(found.loc));
+                if !found.still(pm)? {
+                    continue 'anew;
+                }
+                match (line?, goal) {
+                    (Line::Put(record), _) => return Ok(Some(record)),
+                    (Line::Killed { .. }, Goal::Exact) => return Ok(None),
+                    (Line::Killed { .. }, _) => (),
+                    _ => return Err(Error::Damaged),
+                }
+                let onward = match goal {
+                    Goal::Below { .. } | Goal::Last => Goal::Below { inclusive: false },
+                    _ => Goal::Above { inclusive: false },
+                };
+                let next = key_of(pm, found.loc).and_then(|key| lookup(&key, onward));
+                // While the entry is there, so is the record's key.
+                if !found.still(pm)? {
+                    continue 'anew;
+                }
+                match next? {
+                    Some(next) => found = next,
+                    None => return Ok(None),
+                }
             }
         }
         Err(Error::Busy)

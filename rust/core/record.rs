@@ -275,7 +275,7 @@ pub(super) fn key_of<P: Pmem>(pm: &P, loc: u64) -> Result<KeySrc<'static>> {
 
 /// Where in a record its key or key extent starts.
 fn key_at(flags: u16) -> u64 {
-    LINE_SIZE + if flags >> 4 & 3 == 2 { 32 } else { 0 }
+    LINE_SIZE + if (flags >> 4) & 3 == 2 { 32 } else { 0 }
 }
 
 /// Header of a record frame.
@@ -371,7 +371,7 @@ fn kill_check<P: Pmem>(pm: &P, nonce: u32, line: u64, word: u64, seq: u64) -> u3
 pub(super) fn kill_word<P: Pmem>(pm: &P, loc: Locator) -> Result<u64> {
     let nonce = pm.load(loc.frame_off().saturating_add(48))? as u32;
     let seq = pm.load(loc.0.saturating_add(8))?;
-    let word = pm.load(loc.0)? >> 40 << 40 | u64::from(TYPE_KILLED) << 32;
+    let word = (pm.load(loc.0)? >> 40 << 40) | (u64::from(TYPE_KILLED) << 32);
     Ok(word | u64::from(kill_check(pm, nonce, loc.line(), word, seq)))
 }
 
@@ -466,7 +466,7 @@ fn parse_put<P: Pmem>(
     let sane = usize::from(key_len) <= MAX_KEY
         && nr_extents <= MAX_EXTENTS
         && flags & !F_KNOWN == 0
-        && flags >> 4 & 3 != 3
+        && (flags >> 4) & 3 != 3
         && (flags & F_KEYED != 0 || key_len == 0)
         && (flags & F_KEY_EXTENT == 0 || key_len != 0)
         && u64::from(lines) == lines_for(flags, key_len, nr_extents);
@@ -506,7 +506,7 @@ fn decode<P: Pmem>(pm: &P, loc: Locator, raw: &[u8], nonce: u32) -> Result<Recor
         nr_extents: get_u32(raw, 40)?.min(MAX_EXTENTS),
         meta: Meta {
             time: get_u64(raw, 16)?,
-            time_source: match flags >> 2 & 3 {
+            time_source: match (flags >> 2) & 3 {
                 0 => TimeSource::None,
                 1 => TimeSource::Hardware,
                 2 => TimeSource::Software,
@@ -544,7 +544,7 @@ pub(super) fn read_dead<P: Pmem>(pm: &P, loc: Locator) -> Result<Record> {
 }
 
 fn decode_flow<P: Pmem>(pm: &P, loc: Locator, flags: u16, raw: &[u8]) -> Result<Option<Flow>> {
-    let addrs = match flags >> 4 & 3 {
+    let addrs = match (flags >> 4) & 3 {
         1 => Addrs::V4 {
             remote: get(raw, 52)?,
             local: get(raw, 56)?,
@@ -612,7 +612,7 @@ impl<'a> Draft<'a> {
         if nr_extents > MAX_EXTENTS {
             return Err(Error::TooBig);
         }
-        let mut flags = meta.csum_kind as u16 | (meta.time_source as u16) << 2;
+        let mut flags = meta.csum_kind as u16 | ((meta.time_source as u16) << 2);
         flags |= match meta.flow.map(|flow| flow.addrs) {
             None => 0,
             Some(Addrs::V4 { .. }) => 1 << 4,

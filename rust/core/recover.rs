@@ -60,7 +60,9 @@ pub struct Report {
 enum Mapped {
     Records(FrameHeader),
     /// No record frame, or none any more.
-    Other { damaged: bool },
+    Other {
+        damaged: bool,
+    },
     Unreadable,
 }
 
@@ -274,7 +276,8 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
             let key = header.base_seq.to_be_bytes();
             let key = KeySrc::Bytes(&key);
             // Two frames with one number cannot be; the log then shows one.
-            self.log.insert(&self.pm, &mut self.pool, &key, header.off)?;
+            self.log
+                .insert(&self.pm, &mut self.pool, &key, header.off)?;
             self.walk(&header, report, |store, report, record| {
                 store.index_found(report, &record)
             })?;

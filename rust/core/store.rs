@@ -157,7 +157,7 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
             keys: Tree::new(&pm, Kind::Keys, live::KEY_ROOT)?,
             log: Tree::new(&pm, Kind::Log, live::LOG_ROOT)?,
             // Readers that outlive an attach must not mistake a node.
-            pool: Pool::new(sb.attaches << 40 ^ sb.salt << 52),
+            pool: Pool::new((sb.attaches << 40) ^ (sb.salt << 52)),
             pm,
             frames,
             work,
@@ -337,7 +337,7 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
 
     /// Where in the working memory the hash is, or would be.
     fn hash_slot(&self, hash: u32) -> usize {
-        let wanted = u64::from(hash) | 1 << 32;
+        let wanted = u64::from(hash) | (1 << 32);
         let start = hash as usize % HASH_SLOTS;
         // At most half of the slots are in use.
         (0..HASH_SLOTS)
@@ -362,12 +362,12 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
     fn push_staged(&mut self, staged: Staged) {
         if let Some(hash) = staged.hash {
             let slot = self.hash_slot(hash);
-            self.set_word(slot, u64::from(hash) | 1 << 32);
+            self.set_word(slot, u64::from(hash) | (1 << 32));
         }
         let at = STAGED_AT + self.staged * STAGED_WORDS;
         self.set_word(at, staged.loc | u64::from(staged.delete));
         self.set_word(at + 1, staged.word);
-        let hash = staged.hash.map_or(0, |hash| u64::from(hash) | 1 << 32);
+        let hash = staged.hash.map_or(0, |hash| u64::from(hash) | (1 << 32));
         self.set_word(at + 2, hash);
         self.staged += 1;
     }
@@ -414,10 +414,14 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
     /// Nodes for what may be inserted by this batch; and half as many as are in
     /// use, so that recovery finds room for a tree that is less well filled.
     fn reserve_nodes(&mut self, inserts: u64) -> Result<()> {
+        self.set_keep(inserts);
+        self.pool.reserve(&self.pm, &self.frames, self.pool.keep)
+    }
+
+    fn set_keep(&mut self, inserts: u64) {
         let need = self.keys.reserve(inserts) + self.log.reserve(1);
         let used = (self.pool.frames * 4).saturating_sub(self.pool.free);
         self.pool.keep = need + used / 2;
-        self.pool.reserve(&self.pm, &self.frames, self.pool.keep)
     }
 
     fn stage_lists(&mut self, draft: &Draft<'_>) -> Result<(Locator, u64, u64)> {
@@ -438,7 +442,10 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
                 return Err(Error::NoSpace);
             };
             let linked = match done {
-                0 => Ok(first = frame.off()),
+                0 => {
+                    first = frame.off();
+                    Ok(())
+                }
                 _ => self.pm.store(last + 24, frame.off()),
             };
             last = frame.off();
@@ -469,11 +476,7 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         }
     }
 
-    fn stage_record(
-        &mut self,
-        draft: &Draft<'_>,
-        first_list: u64,
-    ) -> Result<(Locator, u64, u64)> {
+    fn stage_record(&mut self, draft: &Draft<'_>, first_list: u64) -> Result<(Locator, u64, u64)> {
         let lines = u64::from(draft.lines);
         let open = match self.open {
             Some(open) if open.line + lines <= LINES => open,
@@ -552,7 +555,9 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         self.set_map(frame, true)?;
         let key = header.base_seq.to_be_bytes();
         let key = KeySrc::Bytes(&key);
-        let old = self.log.insert(&self.pm, &mut self.pool, &key, header.off)?;
+        let old = self
+            .log
+            .insert(&self.pm, &mut self.pool, &key, header.off)?;
         if old.is_some() {
             return Err(Error::Damaged);
         }
@@ -612,9 +617,6 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
     fn commit_staged(&mut self) -> Result<()> {
         self.store_kills()?;
         let closed = self.close_empty()?;
-        if cfg!(pmskb_break = "early_release") {
-            self.release_pending()?;
-        }
         if cfg!(pmskb_break = "fence1") {
             self.unfenced = false;
         }
@@ -628,7 +630,7 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
             let lines = if staged.delete {
                 1
             } else {
-                staged.word >> 40 & 0xff
+                (staged.word >> 40) & 0xff
             };
             self.pm.store(staged.loc, staged.word)?;
             if !cfg!(pmskb_break = "record_flush") {
@@ -656,7 +658,10 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
                 self.index_put(Locator(staged.loc))?;
             }
         }
+        // The next batch may be like this one.
+        self.set_keep(self.staged_keys.min(64));
         (self.staged_keys, self.staged_replaces) = (0, 0);
+        self.pool.trim(&self.pm, &self.frames)?;
         self.publish()
     }
 
@@ -670,7 +675,7 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
     /// Adds a durable record to the index and the numbers.
     pub(super) fn index_put(&mut self, loc: Locator) -> Result<()> {
         self.count(loc)?;
-        if self.pm.load(loc.0)? >> 48 & u64::from(super::record::F_KEYED) == 0 {
+        if (self.pm.load(loc.0)? >> 48) & u64::from(super::record::F_KEYED) == 0 {
             return Ok(());
         }
         let key = key_of(&self.pm, loc.0)?;
@@ -936,7 +941,7 @@ impl Geometry {
         let end = self.data_end() / FRAME_SIZE;
         let mut at = u64::from(from.0);
         while at < end {
-            let word = pm.load(self.map_off + at / 64 * 8)? & !0 << (at % 64);
+            let word = pm.load(self.map_off + at / 64 * 8)? & (!0 << (at % 64));
             if word != 0 {
                 let frame = at / 64 * 64 + u64::from(word.trailing_zeros());
                 return Ok((frame < end).then_some(Frame(frame as u32)));

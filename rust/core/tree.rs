@@ -20,7 +20,7 @@ const TRIES: u32 = 100_000;
 /// The word in the live page that says where a tree starts: root / 1024 in the
 /// low 34 bits, height in 6, a counter in the upper 24.
 fn root_word(root: u64, height: usize, tick: u64) -> u64 {
-    root >> 10 | (height as u64) << 34 | tick << 40
+    (root >> 10) | ((height as u64) << 34) | (tick << 40)
 }
 
 /// The writer's side of a tree.
@@ -182,11 +182,7 @@ impl Tree {
         }
         // What comes in order fills nodes; what does not, halves them.
         let last = index + usize::from(head.level != 0) >= head.count;
-        let mid = if last {
-            head.count - 1
-        } else {
-            head.count / 2
-        };
+        let mid = if last { head.count - 1 } else { head.count / 2 };
         let right = pool.alloc(pm)?;
         let mut right_head = Head {
             count: head.count - mid,
@@ -345,13 +341,7 @@ impl Tree {
         pool.end(pm, node)
     }
 
-    fn remove_entry<P: Pmem>(
-        &self,
-        pm: &P,
-        pool: &mut Pool,
-        node: u64,
-        at: usize,
-    ) -> Result<()> {
+    fn remove_entry<P: Pmem>(&self, pm: &P, pool: &mut Pool, node: u64, at: usize) -> Result<()> {
         let mut head = Head::read(pm, node)?;
         pool.begin(pm, node)?;
         for index in at + 1..head.count {
@@ -501,7 +491,7 @@ fn attempt<P: Pmem>(
     goal: Goal,
 ) -> Result<Option<Option<Found>>> {
     let word = pm.load(at)?;
-    let height = (word >> 34 & 63) as usize;
+    let height = ((word >> 34) & 63) as usize;
     if height == 0 {
         return Ok(Some(None));
     }

@@ -8,7 +8,14 @@ const HEADER: &str = "../../include/uapi/linux/pmskb.h";
 
 /// Request numbers are expressions with casts, which bindgen does not evaluate
 /// as macros, but does as constants.
-const REQUESTS: [&str; 6] = ["FORMAT", "ATTACH", "DETACH", "INFO", "ATTACH_SOCKET", "SUBMIT"];
+const REQUESTS: [&str; 6] = [
+    "FORMAT",
+    "ATTACH",
+    "DETACH",
+    "INFO",
+    "ATTACH_SOCKET",
+    "SUBMIT",
+];
 
 fn main() {
     println!("cargo::rerun-if-changed={HEADER}");

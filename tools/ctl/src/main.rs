@@ -1,1 +1,100 @@
-fn main() {}
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Makes, attaches and reads pmskb stores.
+//!
+//! | file | noun |
+//! | --- | --- |
+//! | `admin.rs` | format, attach, detach |
+//! | `status.rs` | list, info |
+//! | `records.rs` | ls, get |
+//! | `check.rs` | verify, dump |
+//! | `source.rs` | where records come from: a store or an image |
+//! | `select.rs` | which records: prefix, time, sequence |
+//! | `text.rs` | numbers, times, keys and flows as people read them |
+
+#![forbid(unsafe_code)]
+#![warn(missing_docs)]
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+mod admin;
+mod check;
+mod records;
+mod select;
+mod source;
+mod status;
+mod text;
+
+/// Makes, attaches and reads pmskb stores.
+///
+/// A store is the persistent memory of one device, formatted; attached, it is
+/// /dev/pmskbN. Commands that read work on an attached store or, with --image, on
+/// a copy of the memory.
+#[derive(Parser)]
+#[command(version, max_term_width = 100)]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+    /// Print JSON: one object, or one a line where there may be many
+    #[arg(long, global = true)]
+    json: bool,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Make an empty store of a device's persistent memory
+    Format(admin::Format),
+    /// Attach a device's store
+    Attach(admin::Attach),
+    /// Detach a store
+    Detach(admin::Detach),
+    /// Show the stores that are attached
+    List,
+    /// Show a store's sizes and counters
+    Info(status::Info),
+    /// Show records
+    Ls(records::Ls),
+    /// Write an object's bytes
+    Get(records::Get),
+    /// Check every record against its checksums
+    ///
+    /// Exit status: 0 all is well, 1 something is wrong, 2 it could not be checked.
+    Verify(check::Verify),
+    /// Show superblocks and records in all detail
+    Dump(check::Dump),
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let json = args.json;
+    let result = match &args.command {
+        Command::Format(a) => admin::format(a, json),
+        Command::Attach(a) => admin::attach(a, json),
+        Command::Detach(a) => admin::detach(a, json),
+        Command::List => status::list(json),
+        Command::Info(a) => status::info(a, json),
+        Command::Ls(a) => records::ls(a, json),
+        Command::Get(a) => records::get(a, json),
+        Command::Verify(a) => check::verify(a, json),
+        Command::Dump(a) => check::dump(a, json),
+    };
+    match result {
+        Ok(status) => status,
+        Err(e) if is_broken_pipe(&e) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("pmskbctl: {e:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// A reader that has seen enough (`| head`) is no reason to complain.
+fn is_broken_pipe(e: &anyhow::Error) -> bool {
+    let broken = std::io::ErrorKind::BrokenPipe;
+    e.chain().any(|e| {
+        e.downcast_ref::<std::io::Error>()
+            .is_some_and(|e| e.kind() == broken)
+    })
+}

@@ -83,11 +83,14 @@ pub struct Conn {
     since: Instant,
     /// When the queue last got shorter, or was empty.
     taken: Instant,
+    progress: bool,
 }
 
 /// What to do with a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Next {
+    /// Wait for the batch.
+    Pending,
     /// Wait until it can be read, or written, or both.
     Wait {
         /// More packets are wanted.
@@ -115,6 +118,7 @@ impl Conn {
             shut: false,
             since: now,
             taken: now,
+            progress: false,
         }
     }
 
@@ -144,11 +148,6 @@ impl Conn {
         self.ended = true;
     }
 
-    /// Whether it waits for a batch to be done.
-    pub fn pending(&self) -> bool {
-        self.queue.pending() > 0
-    }
-
     /// The batch was submitted.
     pub fn resolve(&mut self, batch: &Batch) {
         self.queue.resolve(|op| batch.outcome(op));
@@ -161,11 +160,19 @@ impl Conn {
         }
     }
 
+    /// Whether the queue got shorter since this was last asked: requests that
+    /// waited for that can be looked at.
+    pub fn take_progress(&mut self) -> bool {
+        std::mem::take(&mut self.progress)
+    }
+
     /// Goes on as far as the packets that are there allow: adds operations to the
     /// batch and replies to the queue. True if anything was done.
+    ///
+    /// An object that waits to be sent stops it: a put behind it may replace it.
     pub fn advance(&mut self, store: &dyn Store, batch: &mut Batch, now: Instant) -> bool {
         let mut done = false;
-        while self.queue.len() < MAX_QUEUE {
+        while self.queue.len() < MAX_QUEUE && !self.queue.has_object() {
             match self.step(store, batch, now) {
                 Ok(true) => done = true,
                 Ok(false) => break,
@@ -245,7 +252,11 @@ impl Conn {
     /// A head is there: goes on to the body.
     fn begin(&mut self, head: Head) -> Result<(), Refusal> {
         let has_body = head.framing != Framing::Length(0);
-        let request = Request { ask: head.ask, keep_alive: head.keep_alive, body: Vec::new() };
+        let request = Request {
+            ask: head.ask,
+            keep_alive: head.keep_alive,
+            body: Vec::new(),
+        };
         if head.expects_continue && has_body && self.view.len() == 0 {
             if let Ask::Refuse { refusal, .. } = request.ask {
                 // Whether the body will come after all is not known.
@@ -271,7 +282,12 @@ impl Conn {
         let keep_alive = request.keep_alive;
         match &request.ask {
             Ask::Put { key, mode } => self.put(key, *mode, &request.body, keep_alive, batch),
-            Ask::Get { key, head, range, none_match } => match store.find(key) {
+            Ask::Get {
+                key,
+                head,
+                range,
+                none_match,
+            } => match store.find(key) {
                 Ok(None) => self.queue.push_status(404, keep_alive, *head),
                 Ok(Some(found)) => {
                     let tag = format!("\"{}\"", found.seq);
@@ -290,26 +306,30 @@ impl Conn {
                                 self.queue.push_bad_range(found.len, keep_alive, *head);
                             }
                             range => {
-                                self.queue.push_object(found, range.flatten(), keep_alive, *head);
+                                self.queue
+                                    .push_object(found, range.flatten(), keep_alive, *head);
                             }
                         }
                     }
                 }
                 Err(e) => self.failed(e, keep_alive, *head),
             },
-            Ask::List { prefix, after, limit, head } => {
-                match store.list(prefix, after.as_deref(), *limit) {
-                    Ok(keys) => {
-                        let mut text = Vec::new();
-                        for key in keys {
-                            encode_key(&key, &mut text);
-                            text.push(b'\n');
-                        }
-                        self.queue.push_text(&text, keep_alive, *head);
+            Ask::List {
+                prefix,
+                after,
+                limit,
+                head,
+            } => match store.list(prefix, after.as_deref(), *limit) {
+                Ok(keys) => {
+                    let mut text = Vec::new();
+                    for key in keys {
+                        encode_key(&key, &mut text);
+                        text.push(b'\n');
                     }
-                    Err(e) => self.failed(e, keep_alive, *head),
+                    self.queue.push_text(&text, keep_alive, *head);
                 }
-            }
+                Err(e) => self.failed(e, keep_alive, *head),
+            },
             Ask::Refuse { refusal, head } => self.queue.push_status(refusal.0, keep_alive, *head),
         }
         request.body.clear();
@@ -339,9 +359,7 @@ impl Conn {
                 let key = [self.view.ext(piece)];
                 batch.put(self.fd, Key::Extents(&key), &extents, mode, true)
             }
-            KeyPlace::Memory(bytes) => {
-                batch.put(self.fd, Key::Bytes(bytes), &extents, mode, true)
-            }
+            KeyPlace::Memory(bytes) => batch.put(self.fd, Key::Bytes(bytes), &extents, mode, true),
         };
         if let KeyPlace::Packet(piece, _) = key {
             self.view.settle(piece);
@@ -354,7 +372,11 @@ impl Conn {
 
     fn failed(&mut self, e: io::Error, keep_alive: bool, head: bool) {
         tracing::error!("a look-up failed: {e}");
-        let status = if e.kind() == io::ErrorKind::ResourceBusy { 503 } else { 500 };
+        let status = if e.kind() == io::ErrorKind::ResourceBusy {
+            503
+        } else {
+            500
+        };
         self.queue.push_status(status, keep_alive, head);
     }
 
@@ -370,7 +392,11 @@ impl Conn {
     fn drop_request(&mut self) {
         let state = std::mem::replace(&mut self.state, State::Refusing);
         if let State::Body(request, _) | State::Ready(request) = state {
-            if let Ask::Put { key: KeyPlace::Packet(piece, _), .. } = &request.ask {
+            if let Ask::Put {
+                key: KeyPlace::Packet(piece, _),
+                ..
+            } = &request.ask
+            {
                 self.view.settle(piece);
             }
             for piece in &request.body {
@@ -381,7 +407,9 @@ impl Conn {
 
     /// Whether the end of the stream would cut a request short, or there is none.
     fn incomplete(&self) -> bool {
-        matches!(self.state, State::Head | State::Body(..)) && self.queue.len() < MAX_QUEUE
+        matches!(self.state, State::Head | State::Body(..))
+            && self.queue.len() < MAX_QUEUE
+            && !self.queue.has_object()
     }
 
     /// Sends what can be sent, and says what to do next.
@@ -396,25 +424,32 @@ impl Conn {
         if progress || sent == Sent::All {
             self.taken = now;
         }
+        self.progress |= progress;
         let refusing = matches!(self.state, State::Refusing);
         match sent {
-            Sent::Blocked => {
-                Next::Wait { read: !self.ended && self.wants_packets(), write: true }
-            }
-            Sent::Pending => Next::Wait { read: false, write: false },
+            Sent::Blocked => Next::Wait {
+                read: !self.ended && self.wants_packets(),
+                write: true,
+            },
+            Sent::Pending => Next::Pending,
             Sent::All if refusing && self.ended => Next::Close,
             Sent::All if refusing && !self.shut => {
                 self.shut = true;
                 self.since = now;
                 Next::ShutDown
             }
-            Sent::All => Next::Wait { read: !self.ended, write: false },
+            Sent::All => Next::Wait {
+                read: !self.ended,
+                write: false,
+            },
         }
     }
 
     /// Whether packets would be of use now.
     fn wants_packets(&self) -> bool {
-        self.queue.len() < MAX_QUEUE && !matches!(self.state, State::Ready(_))
+        self.queue.len() < MAX_QUEUE
+            && !self.queue.has_object()
+            && !matches!(self.state, State::Ready(_))
     }
 
     /// Looks whether the client takes too long.

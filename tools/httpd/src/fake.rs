@@ -42,8 +42,13 @@ impl Fake {
         let offset = self.bytes.len() as u64;
         self.bytes.extend_from_slice(bytes);
         let token = self.tokens.len() as u32 + 1;
-        self.tokens.insert(token, (offset, bytes.len() as u32, true));
-        Packet { token, offset, len: bytes.len() as u32 }
+        self.tokens
+            .insert(token, (offset, bytes.len() as u32, true));
+        Packet {
+            token,
+            offset,
+            len: bytes.len() as u32,
+        }
     }
 
     fn held(&self) -> usize {
@@ -53,7 +58,10 @@ impl Fake {
     fn place(&self, ext: &Ext) -> (u64, u64) {
         let (offset, len, held) = self.tokens[&ext.token];
         assert!(held, "token {} was released before it was used", ext.token);
-        assert!(ext.len >= 1 && ext.offset + ext.len <= len, "{ext:?} is not within its token");
+        assert!(
+            ext.len >= 1 && ext.offset + ext.len <= len,
+            "{ext:?} is not within its token"
+        );
         (offset + u64::from(ext.offset), ext.len.into())
     }
 
@@ -131,7 +139,13 @@ impl Store for Fake {
             }
             self.seq += 1;
             let len = extents.iter().map(|e| e.1).sum();
-            let found = Found { seq: self.seq, len, modified: None, extents, record: None };
+            let found = Found {
+                seq: self.seq,
+                len,
+                modified: None,
+                extents,
+                record: None,
+            };
             let replaced = self.records.insert(key, found).is_some();
             outcomes.push(Ok(Outcome {
                 seq: self.seq,
@@ -181,6 +195,7 @@ struct World {
     out: Vec<u8>,
     room: usize,
     next: Next,
+    shut: bool,
 }
 
 impl World {
@@ -190,7 +205,10 @@ impl World {
 
     fn with_max(max_body: u64) -> Self {
         let now = Instant::now();
-        let limits = Limits { max_body, ..Limits::default() };
+        let limits = Limits {
+            max_body,
+            ..Limits::default()
+        };
         Self {
             store: Fake::default(),
             conn: Conn::new(7, limits, now),
@@ -198,39 +216,57 @@ impl World {
             now,
             out: Vec::new(),
             room: usize::MAX,
-            next: Next::Wait { read: true, write: false },
+            next: Next::Wait {
+                read: true,
+                write: false,
+            },
+            shut: false,
         }
     }
 
     /// What the server does with a packet.
     fn packets(&mut self, parts: &[(&[u8], usize)]) {
-        let packets: Vec<_> = parts.iter().map(|(b, gap)| self.store.packet(b, *gap)).collect();
+        let packets: Vec<_> = parts
+            .iter()
+            .map(|(b, gap)| self.store.packet(b, *gap))
+            .collect();
         assert!(self.conn.receive(packets, &self.store, self.now));
         self.turn();
     }
 
     fn turn(&mut self) {
         for _ in 0..10_000 {
-            let progress = self.conn.advance(&self.store, &mut self.batch, self.now);
+            let mut progress = self.conn.advance(&self.store, &mut self.batch, self.now);
+            self.send();
             if !self.batch.is_empty() {
                 self.store.submit(&mut self.batch).unwrap();
                 self.conn.resolve(&self.batch);
                 self.batch.clear();
             }
-            let mut end = End {
-                out: std::mem::take(&mut self.out),
-                room: self.room,
-                calls: if self.room == usize::MAX { usize::MAX } else { 1 },
-                media: self.store.bytes.clone(),
-            };
-            self.next = self.conn.send(&mut end, &self.store, self.now);
-            self.out = end.out;
+            self.send();
+            progress |= self.conn.take_progress();
             let blocked = matches!(self.next, Next::Wait { write: true, .. });
             if !progress && !blocked {
                 return;
             }
         }
         panic!("the connection never comes to rest");
+    }
+
+    fn send(&mut self) {
+        let mut end = End {
+            out: std::mem::take(&mut self.out),
+            room: self.room,
+            calls: if self.room == usize::MAX {
+                usize::MAX
+            } else {
+                1
+            },
+            media: self.store.bytes.clone(),
+        };
+        self.next = self.conn.send(&mut end, &self.store, self.now);
+        self.shut |= self.next == Next::ShutDown;
+        self.out = end.out;
     }
 
     fn end(&mut self) {
@@ -249,7 +285,9 @@ impl World {
                 panic!("half a reply: {:?}", String::from_utf8_lossy(rest));
             };
             let field = reply.headers.iter().find(|h| h.name == "Content-Length");
-            let len = field.map_or(0, |h| std::str::from_utf8(h.value).unwrap().parse().unwrap());
+            let len = field.map_or(0, |h| {
+                std::str::from_utf8(h.value).unwrap().parse().unwrap()
+            });
             replies.push((reply.code.unwrap(), rest[n..n + len].to_vec()));
             rest = &rest[n + len..];
         }
@@ -266,13 +304,26 @@ fn answer(request: &[u8]) -> Vec<u16> {
     let mut world = World::new();
     world.packets(&[(request, 0)]);
     world.end();
-    assert_eq!(world.next, Next::Close, "{:?}", String::from_utf8_lossy(request));
-    assert_eq!(world.store.held(), 0, "{:?}", String::from_utf8_lossy(request));
+    assert_eq!(
+        world.next,
+        Next::Close,
+        "{:?}",
+        String::from_utf8_lossy(request)
+    );
+    assert_eq!(
+        world.store.held(),
+        0,
+        "{:?}",
+        String::from_utf8_lossy(request)
+    );
     world.statuses()
 }
 
 fn put(key: &str, body: &[u8]) -> Vec<u8> {
-    let head = format!("PUT /{key} HTTP/1.1\r\nHost: h\r\nContent-Length: {}\r\n\r\n", body.len());
+    let head = format!(
+        "PUT /{key} HTTP/1.1\r\nHost: h\r\nContent-Length: {}\r\n\r\n",
+        body.len()
+    );
     [head.as_bytes(), body].concat()
 }
 
@@ -299,7 +350,9 @@ fn an_object_is_kept_where_it_lies() {
 #[test]
 fn many_requests_of_a_packet_share_a_submission() {
     let mut world = World::new();
-    let all: Vec<u8> = (0..50).flat_map(|i| put(&format!("k{i}"), &[i; 10])).collect();
+    let all: Vec<u8> = (0..50)
+        .flat_map(|i| put(&format!("k{i}"), &[i; 10]))
+        .collect();
     world.packets(&[(&all, 0)]);
     assert_eq!(world.statuses(), [201; 50]);
     assert_eq!(world.store.submits, 1);
@@ -315,14 +368,20 @@ fn a_request_may_come_byte_by_byte() {
     }
     assert_eq!(world.statuses(), [201]);
     assert_eq!(world.store.object(b"key").unwrap(), b"body");
-    assert_eq!(world.store.keys_in_packets, 0, "the key lay in several packets");
+    assert_eq!(
+        world.store.keys_in_packets, 0,
+        "the key lay in several packets"
+    );
     assert_eq!(world.store.held(), 0);
 }
 
 #[test]
 fn a_get_sees_the_put_before_it() {
     let mut world = World::new();
-    world.packets(&[(&[put("a", b"one"), get("a"), put("a", b"two"), get("a")].concat(), 0)]);
+    world.packets(&[(
+        &[put("a", b"one"), get("a"), put("a", b"two"), get("a")].concat(),
+        0,
+    )]);
     let replies = world.replies();
     assert_eq!(replies[1], (200, b"one".to_vec()));
     assert_eq!(replies[3], (200, b"two".to_vec()));
@@ -358,12 +417,25 @@ fn keys_are_listed_in_order() {
         world.packets(&[(&put(key, b"x"), 0)]);
     }
     world.out.clear();
-    for query in ["?prefix=b/", "?prefix=b/&limit=1", "?prefix=b%2F&after=b/1", ""] {
+    for query in [
+        "?prefix=b/",
+        "?prefix=b/&limit=1",
+        "?prefix=b%2F&after=b/1",
+        "",
+    ] {
         world.packets(&[(&get(query), 0)]);
     }
-    let bodies: Vec<_> =
-        world.replies().into_iter().map(|r| String::from_utf8(r.1).unwrap()).collect();
-    let expected = ["b/1\nb/2\nb/3%0A\n", "b/1\n", "b/2\nb/3%0A\n", "a\nb/1\nb/2\nb/3%0A\nc\n"];
+    let bodies: Vec<_> = world
+        .replies()
+        .into_iter()
+        .map(|r| String::from_utf8(r.1).unwrap())
+        .collect();
+    let expected = [
+        "b/1\nb/2\nb/3%0A\n",
+        "b/1\n",
+        "b/2\nb/3%0A\n",
+        "a\nb/1\nb/2\nb/3%0A\nc\n",
+    ];
     assert_eq!(bodies, expected);
 }
 
@@ -373,7 +445,10 @@ fn ranges_and_tags() {
     world.packets(&[(&put("r", b"01234"), 0)]);
     // The object lies in two parts.
     let parts = put("s", b"0123456789");
-    world.packets(&[(&parts[..parts.len() - 6], 5), (&parts[parts.len() - 6..], 9)]);
+    world.packets(&[
+        (&parts[..parts.len() - 6], 5),
+        (&parts[parts.len() - 6..], 9),
+    ]);
     world.out.clear();
     let with = |key: &str, field: &str| {
         format!("GET /{key} HTTP/1.1\r\nHost: h\r\n{field}\r\n\r\n").into_bytes()
@@ -393,7 +468,11 @@ fn ranges_and_tags() {
     ] {
         world.out.clear();
         world.packets(&[(&with("s", field), 0)]);
-        assert_eq!(world.replies(), [(status, body.as_bytes().to_vec())], "{field}");
+        assert_eq!(
+            world.replies(),
+            [(status, body.as_bytes().to_vec())],
+            "{field}"
+        );
     }
 }
 
@@ -429,7 +508,10 @@ fn conditions() {
 fn what_cannot_be_done_is_refused_and_the_next_request_served() {
     for (request, status) in [
         ("DELETE /a HTTP/1.1\r\nHost: h\r\n\r\n", 405),
-        ("PATCH /a HTTP/1.1\r\nHost: h\r\nContent-Length: 3\r\n\r\nabc", 405),
+        (
+            "PATCH /a HTTP/1.1\r\nHost: h\r\nContent-Length: 3\r\n\r\nabc",
+            405,
+        ),
         ("OPTIONS * HTTP/1.1\r\nHost: h\r\n\r\n", 405),
         ("BREW /a HTTP/1.1\r\nHost: h\r\n\r\n", 501),
         ("GET /none HTTP/1.1\r\nHost: h\r\n\r\n", 404),
@@ -440,7 +522,10 @@ fn what_cannot_be_done_is_refused_and_the_next_request_served() {
         assert_eq!(answer(&both), [status, 404], "{request:?}");
     }
     let long = format!("PUT /{} HTTP/1.1\r\nHost: h\r\n\r\n", "x".repeat(1025));
-    assert_eq!(answer(&[long.as_bytes(), &get("none")].concat()), [414, 404]);
+    assert_eq!(
+        answer(&[long.as_bytes(), &get("none")].concat()),
+        [414, 404]
+    );
     let fits = format!("PUT /{} HTTP/1.1\r\nHost: h\r\n\r\n", "x".repeat(1024));
     assert_eq!(answer(fits.as_bytes()), [201]);
 }
@@ -506,7 +591,7 @@ fn a_body_is_waited_for_if_the_client_waits() {
     // It is not wanted.
     world.packets(&[(head.replace("PUT", "DELETE").as_bytes(), 0)]);
     assert_eq!(world.statuses(), [100, 201, 200, 405]);
-    assert_eq!(world.next, Next::ShutDown);
+    assert!(world.shut);
     let large = head.replace(" 2\r", " 2000000\r");
     assert_eq!(answer(large.as_bytes()), [413]);
 }
@@ -547,7 +632,7 @@ fn close_is_honoured() {
     let request = "GET /a HTTP/1.1\r\nHost: h\r\nConnection: x, Close\r\n\r\n";
     world.packets(&[(request.as_bytes(), 0), (&get("b"), 0)]);
     assert_eq!(world.statuses(), [404]);
-    assert_eq!(world.next, Next::ShutDown);
+    assert!(world.shut);
     assert_eq!(world.store.held(), 0);
     world.packets(&[(&get("b"), 0)]);
     assert_eq!((world.statuses().len(), world.store.held()), (1, 0));
@@ -560,15 +645,25 @@ fn an_object_that_is_replaced_while_it_is_sent_ends_the_connection() {
     world.room = 100;
     let packet = world.store.packet(&get("a"), 0);
     world.conn.receive([packet], &world.store, world.now);
-    world.conn.advance(&world.store, &mut world.batch, world.now);
+    world
+        .conn
+        .advance(&world.store, &mut world.batch, world.now);
     world.batch.clear();
     let media = world.store.bytes.clone();
-    let mut end = End { out: vec![], room: 100, calls: 4, media };
+    let mut end = End {
+        out: vec![],
+        room: 100,
+        calls: 4,
+        media,
+    };
     let next = world.conn.send(&mut end, &world.store, world.now);
     assert!(matches!(next, Next::Wait { write: true, .. }));
     world.store.records.clear();
     end.calls = 10;
-    assert_eq!(world.conn.send(&mut end, &world.store, world.now), Next::Close);
+    assert_eq!(
+        world.conn.send(&mut end, &world.store, world.now),
+        Next::Close
+    );
 }
 
 #[test]
@@ -576,20 +671,32 @@ fn slow_clients_are_given_up() {
     let minute = Duration::from_secs(60);
     let mut world = World::new();
     assert_eq!(world.conn.timed_out(world.now), None);
-    assert_eq!(world.conn.timed_out(world.now + 2 * minute), Some(Timeout::Dead));
+    assert_eq!(
+        world.conn.timed_out(world.now + 2 * minute),
+        Some(Timeout::Dead)
+    );
     world.packets(&[(b"GET /", 0)]);
-    assert_eq!(world.conn.timed_out(world.now + minute), Some(Timeout::Slow));
+    assert_eq!(
+        world.conn.timed_out(world.now + minute),
+        Some(Timeout::Slow)
+    );
     // A byte now and then does not help.
     world.now += Duration::from_secs(15);
     world.packets(&[(b"a", 0)]);
-    assert_eq!(world.conn.timed_out(world.now + Duration::from_secs(6)), Some(Timeout::Slow));
+    assert_eq!(
+        world.conn.timed_out(world.now + Duration::from_secs(6)),
+        Some(Timeout::Slow)
+    );
     world.conn.give_up(408);
     world.turn();
     assert_eq!(world.statuses(), [408]);
     let mut world = World::new();
     let request = put("a", b"body");
     world.packets(&[(&request[..request.len() - 1], 0)]);
-    assert_eq!(world.conn.timed_out(world.now + minute), Some(Timeout::Slow));
+    assert_eq!(
+        world.conn.timed_out(world.now + minute),
+        Some(Timeout::Slow)
+    );
     assert!(world.conn.held() > 0);
     world.conn.give_up(408);
     world.turn();
@@ -600,19 +707,34 @@ fn slow_clients_are_given_up() {
 fn replies_that_are_not_taken_stop_the_reading() {
     let mut world = World::new();
     world.packets(&[(&put("a", &[b'x'; 100]), 0)]);
+    world.out.clear();
     let all = get("a").repeat(1000);
     let packet = world.store.packet(&all, 0);
     world.conn.receive([packet], &world.store, world.now);
-    while world.conn.advance(&world.store, &mut world.batch, world.now) {}
+    world
+        .conn
+        .advance(&world.store, &mut world.batch, world.now);
+    world.batch.clear();
     let media = world.store.bytes.clone();
-    let mut end = End { out: vec![], room: 10, calls: 1, media };
+    let mut end = End {
+        out: vec![],
+        room: 10,
+        calls: 1,
+        media,
+    };
     let next = world.conn.send(&mut end, &world.store, world.now);
-    assert_eq!(next, Next::Wait { read: false, write: true });
+    assert_eq!(
+        next,
+        Next::Wait {
+            read: false,
+            write: true
+        }
+    );
     let waited = world.now + Duration::from_secs(31);
     assert_eq!(world.conn.timed_out(waited), Some(Timeout::Dead));
     world.out = end.out;
     world.turn();
-    assert_eq!(world.statuses(), vec![201].into_iter().chain([200; 1000]).skip(1).collect::<Vec<_>>());
+    assert_eq!(world.statuses(), [200; 1000]);
 }
 
 /// A request, and what is answered if it is the first of its key.
@@ -666,7 +788,11 @@ fn feed(world: &mut World, stream: &[u8], cuts: &[(usize, usize, bool)]) {
 }
 
 fn any_cuts() -> impl Strategy<Value = Vec<(usize, usize, bool)>> {
-    let cut = (1usize..400, prop_oneof![Just(0usize), 1usize..20], any::<bool>());
+    let cut = (
+        1usize..400,
+        prop_oneof![Just(0usize), 1usize..20],
+        any::<bool>(),
+    );
     proptest::collection::vec(cut, 1..20)
 }
 

@@ -15,7 +15,7 @@
 #![warn(missing_docs)]
 
 use std::{
-    io::Write as _,
+    io::{IsTerminal as _, Write as _},
     net::SocketAddr,
     os::unix::net::{UnixDatagram, UnixStream},
     path::PathBuf,
@@ -75,6 +75,7 @@ fn main() -> anyhow::Result<()> {
     let args = Args::parse();
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         .with_env_filter(
             tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into()),
         )
@@ -94,8 +95,7 @@ fn main() -> anyhow::Result<()> {
         stall: Duration::from_secs(args.stall_timeout),
         idle: Duration::from_secs(args.idle_timeout),
     };
-    let mut server =
-        server::Server::new(device, &args.listen, limits, args.max_connections, stop)?;
+    let mut server = server::Server::new(device, &args.listen, limits, args.max_connections, stop)?;
     for address in server.addresses()? {
         tracing::info!("{path} is served on http://{address}/");
         println!("listening on {address}");

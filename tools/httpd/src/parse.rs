@@ -136,7 +136,7 @@ impl HeadParser {
     pub fn next(
         &mut self,
         view: &mut View,
-        memory: &dyn Memory,
+        memory: &(impl Memory + ?Sized),
     ) -> Result<Option<Head>, Refusal> {
         if self.scanned == 0 {
             self.skip_empty_lines(view, memory)?;
@@ -184,9 +184,9 @@ impl HeadParser {
     fn skip_empty_lines(
         &mut self,
         view: &mut View,
-        memory: &dyn Memory,
+        memory: &(impl Memory + ?Sized),
     ) -> Result<(), Refusal> {
-        while let Some(b'\r' | b'\n') = view.slices(memory, 0).next().and_then(|s| s.first()) {
+        while let Some(b'\r' | b'\n') = view.front(memory).first() {
             self.empty_lines += 1;
             if self.empty_lines > 2 * MAX_EMPTY_LINES {
                 return Err(Refusal(400));
@@ -197,7 +197,11 @@ impl HeadParser {
     }
 
     /// Length of the head with the empty line that ends it.
-    fn find_end(&mut self, view: &View, memory: &dyn Memory) -> Result<Option<usize>, Refusal> {
+    fn find_end(
+        &mut self,
+        view: &View,
+        memory: &(impl Memory + ?Sized),
+    ) -> Result<Option<usize>, Refusal> {
         let mut at = self.scanned;
         for slice in view.slices(memory, at) {
             for byte in slice {
@@ -262,7 +266,10 @@ fn parse_head(
     let ask = ask.or_else(|refusal| match refusal.0 {
         // What follows may be anything.
         400 => Err(refusal),
-        _ => Ok(Ask::Refuse { refusal, head: method == "HEAD" }),
+        _ => Ok(Ask::Refuse {
+            refusal,
+            head: method == "HEAD",
+        }),
     })?;
     Ok(Head {
         ask,
@@ -279,7 +286,7 @@ fn wrong_version(bytes: &[u8]) -> Refusal {
     let word = line.trim_ascii_end().rsplit(|&b| b == b' ').next();
     let digits = word.and_then(|w| w.strip_prefix(b"HTTP/"));
     match digits {
-        Some([b'0'..=b'9', rest @ ..]) if matches!(rest, [] | [b'.', b'0'..=b'9']) => Refusal(505),
+        Some([b'0'..=b'9'] | [b'0'..=b'9', b'.', b'0'..=b'9']) => Refusal(505),
         _ => Refusal(400),
     }
 }
@@ -327,12 +334,7 @@ fn put(
     Ok(Ask::Put { key, mode })
 }
 
-fn get(
-    raw: &[u8],
-    query: Option<&[u8]>,
-    fields: &Fields<'_>,
-    head: bool,
-) -> Result<Ask, Refusal> {
+fn get(raw: &[u8], query: Option<&[u8]>, fields: &Fields<'_>, head: bool) -> Result<Ask, Refusal> {
     if raw.is_empty() {
         return list(query.unwrap_or(&[]), head);
     }
@@ -388,7 +390,7 @@ fn decode_key(raw: &[u8]) -> Result<Vec<u8>, Refusal> {
                 let (Some(high), Some(low)) = (digit(), digit()) else {
                     return Err(Refusal(400));
                 };
-                high << 4 | low
+                (high << 4) | low
             }
             b'#' => return Err(Refusal(400)),
             other => other,
@@ -551,7 +553,7 @@ impl BodyParser {
     pub fn advance(
         &mut self,
         view: &mut View,
-        memory: &dyn Memory,
+        memory: &(impl Memory + ?Sized),
         mut pieces: Option<&mut Vec<Piece>>,
     ) -> Result<bool, Refusal> {
         loop {
@@ -639,10 +641,11 @@ impl BodyParser {
     fn line(
         &mut self,
         view: &mut View,
-        memory: &dyn Memory,
+        memory: &(impl Memory + ?Sized),
         max: usize,
     ) -> Result<bool, Refusal> {
-        while let Some(slice) = view.slices(memory, 0).next() {
+        while view.len() > 0 {
+            let slice = view.front(memory);
             let slice = &slice[..slice.len().min(max + 1)];
             let end = slice.iter().position(|&b| b == b'\n');
             let part = &slice[..end.map_or(slice.len(), |e| e + 1)];
@@ -677,7 +680,9 @@ fn chunk_size(line: &[u8]) -> Result<u64, Refusal> {
     let (digits, extension) = line.split_at(end);
     let blank = extension.trim_ascii_start();
     if !(blank.is_empty() || blank[0] == b';')
-        || extension.iter().any(|&b| b != b'\t' && b.is_ascii_control())
+        || extension
+            .iter()
+            .any(|&b| b != b'\t' && b.is_ascii_control())
     {
         return Err(Refusal(400));
     }

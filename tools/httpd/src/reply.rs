@@ -27,7 +27,11 @@ enum Part {
         left: u64,
     },
     /// A put whose outcome is not known yet: which operation of the batch.
-    Pending { op: usize, location: Vec<u8>, keep_alive: bool },
+    Pending {
+        op: usize,
+        location: Vec<u8>,
+        keep_alive: bool,
+    },
 }
 
 /// What is to be sent on a connection, in order.
@@ -37,6 +41,7 @@ pub struct Queue {
     /// Bytes of the first part already sent, if it is bytes.
     sent: usize,
     pending: usize,
+    objects: usize,
 }
 
 /// What became of an attempt to send the queue.
@@ -66,6 +71,11 @@ impl Queue {
         self.pending
     }
 
+    /// Whether an object waits: until it is sent, its record must stay.
+    pub fn has_object(&self) -> bool {
+        self.objects > 0
+    }
+
     /// Bytes to be appended to.
     fn tail(&mut self) -> &mut Vec<u8> {
         if !matches!(self.parts.back(), Some(Part::Bytes(_))) {
@@ -79,7 +89,8 @@ impl Queue {
 
     /// The go-ahead for a body.
     pub fn push_continue(&mut self) {
-        self.tail().extend_from_slice(b"HTTP/1.1 100 Continue\r\n\r\n");
+        self.tail()
+            .extend_from_slice(b"HTTP/1.1 100 Continue\r\n\r\n");
     }
 
     /// A reply with a short text.
@@ -119,7 +130,10 @@ impl Queue {
         }
         if let Some(range) = range {
             let (first, last) = (range.start, range.end - 1);
-            reply.field("Content-Range", format_args!("bytes {first}-{last}/{}", found.len));
+            reply.field(
+                "Content-Range",
+                format_args!("bytes {first}-{last}/{}", found.len),
+            );
         }
         reply.end();
         if head || part.is_empty() {
@@ -135,7 +149,13 @@ impl Queue {
             extent += 1;
         }
         let left = part.end - part.start;
-        self.parts.push_back(Part::Object { found, extent, at, left });
+        self.objects += 1;
+        self.parts.push_back(Part::Object {
+            found,
+            extent,
+            at,
+            left,
+        });
     }
 
     /// Says that the object is the one that the client has.
@@ -163,7 +183,11 @@ impl Queue {
         let mut location = Vec::with_capacity(key.len() + 1);
         encode_key(key, &mut location);
         self.pending += 1;
-        self.parts.push_back(Part::Pending { op, location, keep_alive });
+        self.parts.push_back(Part::Pending {
+            op,
+            location,
+            keep_alive,
+        });
     }
 
     /// The batch was submitted: `outcome` tells what became of an operation.
@@ -174,7 +198,11 @@ impl Queue {
         let parts = std::mem::take(&mut self.parts);
         for part in parts {
             match part {
-                Part::Pending { op, location, keep_alive } => {
+                Part::Pending {
+                    op,
+                    location,
+                    keep_alive,
+                } => {
                     let done = outcome(op);
                     write_put(self.tail(), done, &location, keep_alive);
                 }
@@ -201,15 +229,24 @@ impl Queue {
                 Some(Part::Bytes(bytes)) => {
                     match wire.send(&bytes[self.sent..], more) {
                         Ok(n) => self.sent += n,
-                        Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok((Sent::Blocked, progress)),
+                        Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                            return Ok((Sent::Blocked, progress))
+                        }
                         Err(e) => return Err(e),
                     }
                     self.sent == bytes.len()
                 }
-                Some(Part::Object { found, extent, at, left }) => {
+                Some(Part::Object {
+                    found,
+                    extent,
+                    at,
+                    left,
+                }) => {
                     match send_object(wire, store, found, extent, at, left) {
                         Ok(()) => {}
-                        Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok((Sent::Blocked, progress)),
+                        Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                            return Ok((Sent::Blocked, progress))
+                        }
                         Err(e) => return Err(e),
                     }
                     *left == 0
@@ -217,7 +254,9 @@ impl Queue {
             };
             progress = true;
             if done {
-                self.parts.pop_front();
+                if let Some(Part::Object { .. }) = self.parts.pop_front() {
+                    self.objects -= 1;
+                }
                 self.sent = 0;
             }
         }
@@ -321,7 +360,10 @@ fn write_put(
     let status = if outcome.replaced { 200 } else { 201 };
     let mut reply = Head::new(out, status, keep_alive);
     // All ASCII: that is what the encoding is for.
-    reply.field("Location", format_args!("/{}", String::from_utf8_lossy(location)));
+    reply.field(
+        "Location",
+        format_args!("/{}", String::from_utf8_lossy(location)),
+    );
     reply.field("ETag", format_args!("\"{}\"", outcome.seq));
     reply.field("Content-Length", 0);
     reply.end();
@@ -374,14 +416,20 @@ pub fn encode_key(key: &[u8], out: &mut Vec<u8>) {
             b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' => out.push(byte),
             b'-' | b'.' | b'_' | b'~' | b'/' | b':' | b'@' | b'!' | b'$' | b'&' | b'\'' | b'('
             | b')' | b'*' | b'+' | b',' | b';' | b'=' => out.push(byte),
-            _ => out.extend([b'%', HEX[usize::from(byte >> 4)], HEX[usize::from(byte & 15)]]),
+            _ => out.extend([
+                b'%',
+                HEX[usize::from(byte >> 4)],
+                HEX[usize::from(byte & 15)],
+            ]),
         }
     }
 }
 
 /// `Sun, 06 Nov 1994 08:49:37 GMT`
 fn http_date(time: std::time::SystemTime) -> String {
-    let since = time.duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    let since = time
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap_or_default();
     i64::try_from(since.as_secs())
         .ok()
         .and_then(|s| jiff::Timestamp::from_second(s).ok())

@@ -98,7 +98,12 @@ impl Wire for Line<'_> {
 
     fn send_file(&mut self, offset: u64, len: usize) -> io::Result<usize> {
         let mut offset = offset;
-        Ok(rustix::fs::sendfile(self.stream, self.store, Some(&mut offset), len)?)
+        Ok(rustix::fs::sendfile(
+            self.stream,
+            self.store,
+            Some(&mut offset),
+            len,
+        )?)
     }
 }
 
@@ -120,7 +125,12 @@ impl Server {
             listeners.push(listener);
         }
         stop.set_nonblocking(true)?;
-        epoll::add(&epoll, &stop, epoll::EventData::new_u64(STOP), epoll::EventFlags::IN)?;
+        epoll::add(
+            &epoll,
+            &stop,
+            epoll::EventData::new_u64(STOP),
+            epoll::EventFlags::IN,
+        )?;
         let mut server = Self {
             device,
             limits,
@@ -180,9 +190,16 @@ impl Server {
     }
 
     fn timeout(&self, now: Instant, stopping: Option<Instant>) -> Option<rustix::time::Timespec> {
-        let retry = self.parked.iter().filter_map(|n| self.client(*n)?.retry_at).min();
+        let retry = self
+            .parked
+            .iter()
+            .filter_map(|n| self.client(*n)?.retry_at)
+            .min();
         let tick = (self.connections() > 0).then_some(self.next_tick);
-        let until = [retry, tick, self.accept_at, stopping].into_iter().flatten().min()?;
+        let until = [retry, tick, self.accept_at, stopping]
+            .into_iter()
+            .flatten()
+            .min()?;
         let wait = until.saturating_duration_since(now);
         Some(rustix::time::Timespec {
             tv_sec: wait.as_secs() as i64,
@@ -191,7 +208,10 @@ impl Server {
     }
 
     fn client(&self, name: u64) -> Option<&Client> {
-        self.clients.get(name as u32 as usize)?.as_ref().filter(|c| c.name == name)
+        self.clients
+            .get(name as u32 as usize)?
+            .as_ref()
+            .filter(|c| c.name == name)
     }
 
     /// One turn of the loop. True if the server is to stop.
@@ -246,6 +266,10 @@ impl Server {
                     progress |= client.conn.advance(&self.device, &mut self.batch, now);
                 }
             }
+            // Objects first: the batch may replace their records.
+            for &index in touched {
+                self.send(index, now);
+            }
             if !self.batch.is_empty() {
                 use crate::store::Store as _;
                 if let Err(e) = self.device.submit(&mut self.batch) {
@@ -260,6 +284,9 @@ impl Server {
             }
             for &index in touched {
                 self.send(index, now);
+                if let Some(client) = self.clients[index].as_mut() {
+                    progress |= client.conn.take_progress();
+                }
             }
             if !progress {
                 return;
@@ -268,7 +295,9 @@ impl Server {
     }
 
     fn receive(&mut self, index: usize, now: Instant) {
-        let Some(client) = self.clients[index].as_mut() else { return };
+        let Some(client) = self.clients[index].as_mut() else {
+            return;
+        };
         match self.buffer.recv(client.stream.as_fd()) {
             Ok([]) => client.conn.end(),
             Ok(descs) => {
@@ -312,7 +341,9 @@ impl Server {
             return;
         }
         for name in std::mem::take(&mut self.parked) {
-            let Some(client) = self.client(name) else { continue };
+            let Some(client) = self.client(name) else {
+                continue;
+            };
             if client.retry_at.is_some_and(|at| at > now) {
                 self.parked.push(name);
                 continue;
@@ -364,17 +395,23 @@ impl Server {
 
     fn send(&mut self, index: usize, now: Instant) {
         use epoll::EventFlags;
-        let Some(client) = self.clients[index].as_mut() else { return };
+        let Some(client) = self.clients[index].as_mut() else {
+            return;
+        };
         if client.close {
             return;
         }
-        let mut line = Line { stream: client.stream.as_fd(), store: self.device.as_fd() };
+        let mut line = Line {
+            stream: client.stream.as_fd(),
+            store: self.device.as_fd(),
+        };
         let mut interest = EventFlags::empty();
         match client.conn.send(&mut line, &self.device, now) {
             Next::Wait { read, write } => {
                 interest.set(EventFlags::IN, read && client.retry_at.is_none());
                 interest.set(EventFlags::OUT, write);
             }
+            Next::Pending => return,
             Next::ShutDown => {
                 let _ = client.stream.shutdown(std::net::Shutdown::Write);
                 interest = EventFlags::IN;
@@ -433,7 +470,9 @@ impl Server {
             if self.connections() >= self.max_connections {
                 return self.set_accepting(false);
             }
-            let Some(listener) = self.listeners.get(listener) else { return Ok(()) };
+            let Some(listener) = self.listeners.get(listener) else {
+                return Ok(());
+            };
             match listener.accept() {
                 Ok((stream, peer)) => {
                     if let Err(e) = self.admit(stream, peer, now) {
@@ -462,7 +501,8 @@ impl Server {
             // The module had no memory for it when the connection came in.
             tracing::debug!(%peer, "not attached: {e}");
             let attached = self.device.store().attach_socket(stream.as_fd());
-            let attached = attached.and_then(|()| socket::set_rx_mode(stream.as_fd(), RxMode::Desc));
+            let attached =
+                attached.and_then(|()| socket::set_rx_mode(stream.as_fd(), RxMode::Desc));
             if let Err(e) = attached {
                 let _ = (&stream).write(b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 0\r\n\r\n");
                 return Err(e.into());
@@ -473,9 +513,14 @@ impl Server {
             self.clients.len() - 1
         });
         self.generation = (self.generation + 1) & 0xff_ffff;
-        let name = u64::from(self.generation) << 32 | index as u64;
+        let name = (u64::from(self.generation) << 32) | index as u64;
         let interest = epoll::EventFlags::IN;
-        if let Err(e) = epoll::add(&self.epoll, &stream, epoll::EventData::new_u64(name), interest) {
+        if let Err(e) = epoll::add(
+            &self.epoll,
+            &stream,
+            epoll::EventData::new_u64(name),
+            interest,
+        ) {
             self.vacant.push(index);
             return Err(e.into());
         }

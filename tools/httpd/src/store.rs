@@ -57,7 +57,11 @@ impl Device {
         let mapping = store.map()?;
         let catalog = Catalog::of_store(&store)
             .with_context(|| format!("cannot read {}", store.path().display()))?;
-        Ok(Self { store, mapping, catalog })
+        Ok(Self {
+            store,
+            mapping,
+            catalog,
+        })
     }
 
     /// The store itself.
@@ -116,7 +120,9 @@ impl Store for Device {
     }
 
     fn still(&self, found: &Found) -> bool {
-        found.record.is_none_or(|r| self.catalog.still(&r) == Ok(true))
+        found
+            .record
+            .is_none_or(|r| self.catalog.still(&r) == Ok(true))
     }
 
     fn list(&self, prefix: &[u8], after: Option<&[u8]>, limit: usize) -> io::Result<Vec<Vec<u8>>> {
@@ -128,6 +134,6 @@ impl Store for Device {
     }
 
     fn submit(&mut self, batch: &mut Batch) -> io::Result<()> {
-        self.store.submit(batch).map_err(|e| e.source)
+        self.store.submit(batch).map_err(|e| e.cause)
     }
 }

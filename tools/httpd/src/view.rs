@@ -36,13 +36,6 @@ pub struct Piece {
     len: u32,
 }
 
-impl Piece {
-    /// Bytes.
-    pub fn len(&self) -> u32 {
-        self.len
-    }
-}
-
 #[derive(Debug)]
 struct Hold {
     token: u32,
@@ -99,7 +92,7 @@ impl View {
 
     /// The longest slice of memory at the front, over the borders of packets that
     /// lie side by side. Empty only if the view is.
-    pub fn run<'m>(&self, memory: &'m dyn Memory, limit: usize) -> &'m [u8] {
+    pub fn run<'m>(&self, memory: &'m (impl Memory + ?Sized), limit: usize) -> &'m [u8] {
         let Some(first) = self.segs.front() else {
             return &[];
         };
@@ -113,12 +106,20 @@ impl View {
         memory.bytes(first.at, end - first.at).unwrap_or(&[])
     }
 
+    /// The bytes of the first packet. Empty only if the view is.
+    pub fn front<'m>(&self, memory: &'m (impl Memory + ?Sized)) -> &'m [u8] {
+        self.segs
+            .front()
+            .and_then(|seg| memory.bytes(seg.at, seg.end - seg.at))
+            .unwrap_or(&[])
+    }
+
     /// The slices of memory from byte `from` on.
-    pub fn slices<'m>(
+    pub fn slices<'m, M: Memory + ?Sized>(
         &self,
-        memory: &'m dyn Memory,
+        memory: &'m M,
         from: usize,
-    ) -> impl Iterator<Item = &'m [u8]> + use<'_, 'm> {
+    ) -> impl Iterator<Item = &'m [u8]> + use<'_, 'm, M> {
         let mut skip = from as u64;
         self.segs.iter().filter_map(move |seg| {
             let len = seg.end - seg.at;
@@ -331,6 +332,6 @@ mod tests {
         view.take(1, &mut pieces);
         view.take(2, &mut pieces);
         assert_eq!(pieces.len(), 1);
-        assert_eq!(pieces[0].len(), 3);
+        assert_eq!(pieces[0].len, 3);
     }
 }

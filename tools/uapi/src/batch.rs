@@ -165,7 +165,10 @@ impl Batch {
     /// Adds the release of `fd`'s tokens, and says which operation it is.
     pub fn release(&mut self, fd: RawFd, tokens: &[u32]) -> usize {
         let exts = self.exts.len();
-        self.exts.extend(tokens.iter().map(|&token| sys::pmskb_ext { token, ..Default::default() }));
+        self.exts.extend(tokens.iter().map(|&token| sys::pmskb_ext {
+            token,
+            ..Default::default()
+        }));
         self.push(Op {
             opcode: sys::PMSKB_OP_RELEASE as u16,
             flags: 0,
@@ -215,7 +218,13 @@ impl Batch {
     pub fn ops(&self) -> Vec<OpView> {
         let exts = |at: usize, n: usize| -> Vec<Ext> {
             let part = &self.exts[at..at + n];
-            part.iter().map(|e| Ext { token: e.token, offset: e.offset, len: e.len }).collect()
+            part.iter()
+                .map(|e| Ext {
+                    token: e.token,
+                    offset: e.offset,
+                    len: e.len,
+                })
+                .collect()
         };
         let view = |op: &Op| {
             let in_packets = u32::from(op.flags) & sys::PMSKB_OP_KEY_EXTENTS != 0;
@@ -242,7 +251,11 @@ impl Batch {
         let raw = |outcome: io::Result<Outcome>| match outcome {
             Ok(o) => sys::pmskb_result {
                 res: o.seq as i64,
-                flags: if o.replaced { sys::PMSKB_RES_REPLACED } else { 0 },
+                flags: if o.replaced {
+                    sys::PMSKB_RES_REPLACED
+                } else {
+                    0
+                },
                 csum: o.csum.to_be(),
                 csum_kind: o.csum_kind,
                 reserved: 0,
@@ -271,7 +284,20 @@ impl Batch {
         self.ops.len() - 1
     }
 
-    /// Passes the operations to `call`, at most [`MAX_OPS`] at a time. One that
+    /// How many operations from `start` on one call takes: at least one.
+    fn fitting(&self, start: usize) -> usize {
+        let mut extents = 0;
+        let fits = self.ops[start..].iter().take(MAX_OPS).take_while(|op| {
+            extents += op.nr_exts;
+            if u32::from(op.flags) & sys::PMSKB_OP_KEY_EXTENTS != 0 {
+                extents += op.key_len;
+            }
+            extents <= sys::PMSKB_MAX_EXTENTS as usize
+        });
+        fits.count().max(1)
+    }
+
+    /// Passes the operations to `call`, as many at a time as the module takes. One that
     /// is refused as a whole fails each of its operations; the first such error
     /// is returned.
     pub(crate) fn submit_with(
@@ -289,7 +315,11 @@ impl Batch {
                 }
                 _ => self.keys[op.key..].as_ptr() as u64,
             };
-            let extents = if op.nr_exts == 0 { 0 } else { self.exts[op.exts..].as_ptr() as u64 };
+            let extents = if op.nr_exts == 0 {
+                0
+            } else {
+                self.exts[op.exts..].as_ptr() as u64
+            };
             self.raw.push(sys::pmskb_op {
                 opcode: op.opcode,
                 flags: op.flags,
@@ -302,9 +332,14 @@ impl Batch {
             });
         }
         self.results.clear();
-        self.results.resize(self.raw.len(), sys::pmskb_result::default());
+        self.results
+            .resize(self.raw.len(), sys::pmskb_result::default());
         let mut first_error = None;
-        for (ops, results) in self.raw.chunks(MAX_OPS).zip(self.results.chunks_mut(MAX_OPS)) {
+        let mut start = 0;
+        while start < self.raw.len() {
+            let end = start + self.fitting(start);
+            let ops = &self.raw[start..end];
+            let results = &mut self.results[start..end];
             let mut arg = sys::pmskb_submit {
                 ops: ops.as_ptr() as u64,
                 results: results.as_mut_ptr() as u64,
@@ -319,6 +354,7 @@ impl Batch {
                 }
                 first_error.get_or_insert(e);
             }
+            start = end;
         }
         first_error.map_or(Ok(()), Err)
     }
@@ -341,7 +377,11 @@ mod tests {
     #[test]
     fn operations_reach_the_kernel_as_they_were_added() {
         let mut b = Batch::new();
-        let e = |token| Ext { token, offset: 1, len: 2 };
+        let e = |token| Ext {
+            token,
+            offset: 1,
+            len: 2,
+        };
         b.put(7, Key::Bytes(b"one"), &[e(1), e(2)], Mode::Create, true);
         b.put(8, Key::Extents(&[e(3)]), &[], Mode::Upsert, false);
         b.release(7, &[1, 2]);
@@ -382,6 +422,29 @@ mod tests {
     }
 
     #[test]
+    fn batches_with_many_extents_are_split() {
+        let mut b = Batch::new();
+        let many = vec![
+            Ext {
+                token: 1,
+                offset: 0,
+                len: 1
+            };
+            sys::PMSKB_MAX_EXTENTS as usize / 2
+        ];
+        for _ in 0..5 {
+            b.put(3, Key::Bytes(b"k"), &many, Mode::Upsert, true);
+        }
+        let mut calls = Vec::new();
+        b.submit_with(|s| {
+            calls.push(s.nr);
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!(calls, [2, 2, 1]);
+    }
+
+    #[test]
     fn long_batches_are_split_and_a_refused_part_fails_its_operations_only() {
         let mut b = Batch::new();
         for t in 0..MAX_OPS as u32 + 1 {
@@ -391,7 +454,11 @@ mod tests {
         let r = b.submit_with(|s| {
             calls += 1;
             assert_eq!(s.nr, if calls == 1 { MAX_OPS as u32 } else { 1 });
-            if calls == 2 { Err(io::Error::from_raw_os_error(libc::ENODEV)) } else { Ok(()) }
+            if calls == 2 {
+                Err(io::Error::from_raw_os_error(libc::ENODEV))
+            } else {
+                Ok(())
+            }
         });
         assert_eq!(r.unwrap_err().raw_os_error(), Some(libc::ENODEV));
         assert!(b.outcome(MAX_OPS - 1).is_ok());

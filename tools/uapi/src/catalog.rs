@@ -5,9 +5,8 @@
 use std::path::{Path, PathBuf};
 
 use pmskb_core::{
-    self as core,
-    host::HostFrames,
-    probe, Direction, Geometry, Pmem, Probe, Reader, Record, RecoverOptions, Report, Superblock,
+    self as core, host::HostFrames, probe, Direction, Geometry, Pmem, Probe, Reader, Record,
+    RecoverOptions, Report, Superblock,
 };
 
 use crate::{Media, Store};
@@ -19,12 +18,12 @@ pub enum CatalogError {
     #[error(transparent)]
     Store(#[from] crate::Error),
     /// The image could not be opened or mapped.
-    #[error("cannot read {}: {source}", path.display())]
+    #[error("cannot read {}: {cause}", path.display())]
     Image {
         /// The image.
         path: PathBuf,
         /// The system's answer.
-        source: std::io::Error,
+        cause: std::io::Error,
     },
     /// There is no store in the image.
     #[error(
@@ -48,7 +47,9 @@ pub fn describe(e: core::Error) -> &'static str {
     match e {
         core::Error::NotFormatted => "there is no store, or it is not attached (any more)",
         core::Error::Damaged => "the media is damaged: a checksum or a structure is wrong",
-        core::Error::Version => "the store has a feature that this program does not know; use a newer one",
+        core::Error::Version => {
+            "the store has a feature that this program does not know; use a newer one"
+        }
         core::Error::Busy => "too much changed meanwhile; try again",
         core::Error::Io => "the media cannot be read there",
         core::Error::NotFound => "no such record",
@@ -82,24 +83,34 @@ impl Catalog {
         let info = store.info()?.raw;
         let hole = info.head_off..info.head_off + info.head_len;
         let media = Media::live(store.map()?, hole);
-        let fail = |error| CatalogError::Media { what: store.path().display().to_string(), error };
+        let fail = |error| CatalogError::Media {
+            what: store.path().display().to_string(),
+            error,
+        };
         let probe = probe(&media).map_err(fail)?;
         let reader = Reader::open(media.clone()).map_err(fail)?;
         let geometry = probe.superblock.geometry;
-        Ok(Self { source: Source::Live(reader), media, probe, geometry })
+        Ok(Self {
+            source: Source::Live(reader),
+            media,
+            probe,
+            geometry,
+        })
     }
 
     /// Of an image: a file, or a device whose store is not attached. The region
     /// is `place` (offset and length), or is looked for.
-    pub fn of_image(
-        path: &Path,
-        place: (Option<u64>, Option<u64>),
-    ) -> Result<Self, CatalogError> {
-        let file = Media::image(path)
-            .map_err(|source| CatalogError::Image { path: path.to_owned(), source })?;
+    pub fn of_image(path: &Path, place: (Option<u64>, Option<u64>)) -> Result<Self, CatalogError> {
+        let file = Media::image(path).map_err(|cause| CatalogError::Image {
+            path: path.to_owned(),
+            cause,
+        })?;
         let (media, probe) = find(&file, place).map_err(|e| match e {
             core::Error::NotFormatted => CatalogError::NoStore(path.to_owned()),
-            error => CatalogError::Media { what: path.display().to_string(), error },
+            error => CatalogError::Media {
+                what: path.display().to_string(),
+                error,
+            },
         })?;
         let geometry = probe.superblock.geometry;
         let fail = |error| CatalogError::Media {
@@ -111,7 +122,12 @@ impl Catalog {
         let options = RecoverOptions { read_only: true };
         let (store, report) =
             core::Store::recover(media.clone(), frames, work, options).map_err(fail)?;
-        Ok(Self { source: Source::Offline(Box::new(store), report), media, probe, geometry })
+        Ok(Self {
+            source: Source::Offline(Box::new(store), report),
+            media,
+            probe,
+            geometry,
+        })
     }
 
     /// The record with `key`.
@@ -266,7 +282,13 @@ impl Catalog {
     pub fn read(&self, record: &Record, mut each: impl FnMut(&[u8])) -> core::Result<bool> {
         let mut part = vec![0; 1 << 20];
         for extent in record.extents(&self.media, &self.geometry) {
-            let gone = |e| if self.still(record) == Ok(false) { Ok(false) } else { Err(e) };
+            let gone = |e| {
+                if self.still(record) == Ok(false) {
+                    Ok(false)
+                } else {
+                    Err(e)
+                }
+            };
             let extent = match extent {
                 Ok(extent) => extent,
                 Err(e) => return gone(e),
@@ -305,7 +327,9 @@ fn find(
 ) -> core::Result<(Media, Probe)> {
     let at = |offset: u64| -> core::Result<(Media, Probe)> {
         let rest = file.len().saturating_sub(offset);
-        let part = file.part(offset, length.unwrap_or(rest)).ok_or(core::Error::Invalid)?;
+        let part = file
+            .part(offset, length.unwrap_or(rest))
+            .ok_or(core::Error::Invalid)?;
         let found = probe(&part)?;
         let len = found.superblock.geometry.region_len;
         Ok((part.part(0, len).ok_or(core::Error::Damaged)?, found))

@@ -49,7 +49,7 @@ impl Control {
         let Some(room) = label.get_mut(..options.label.len()) else {
             return Err(Error {
                 what: what(),
-                source: std::io::Error::from_raw_os_error(libc::ENAMETOOLONG),
+                cause: std::io::Error::from_raw_os_error(libc::ENAMETOOLONG),
                 hint: Some("a label has at most 32 bytes"),
             });
         };
@@ -79,10 +79,17 @@ impl Control {
     /// Attaches `device`'s store. Returns N of `/dev/pmskbN`, and the uuid.
     pub fn attach(&self, device: &Path) -> Result<(u32, [u8; 16])> {
         let region = open_region(device)?;
-        let mut arg = sys::pmskb_attach { fd: region.as_raw_fd(), ..Default::default() };
+        let mut arg = sys::pmskb_attach {
+            fd: region.as_raw_fd(),
+            ..Default::default()
+        };
         // SAFETY: the request takes a struct pmskb_attach, which `arg` is.
         unsafe { self.ioctl(sys::IOC_ATTACH, &mut arg) }.map_err(|e| {
-            Error::new(format!("cannot attach {}", device.display()), e, error::ATTACH)
+            Error::new(
+                format!("cannot attach {}", device.display()),
+                e,
+                error::ATTACH,
+            )
         })?;
         Ok((arg.minor, arg.uuid))
     }
@@ -90,9 +97,14 @@ impl Control {
     /// Detaches `/dev/pmskb{minor}`. `None`: the module's own time limit.
     pub fn detach(&self, minor: u32, timeout: Option<Duration>) -> Result<()> {
         // 0 stands for the default, so that no wait at all is the shortest.
-        let timeout_ms = timeout
-            .map_or(0, |t| u32::try_from(t.as_millis()).unwrap_or(u32::MAX).max(1));
-        let mut arg = sys::pmskb_detach { minor, timeout_ms, reserved: 0 };
+        let timeout_ms = timeout.map_or(0, |t| {
+            u32::try_from(t.as_millis()).unwrap_or(u32::MAX).max(1)
+        });
+        let mut arg = sys::pmskb_detach {
+            minor,
+            timeout_ms,
+            reserved: 0,
+        };
         // SAFETY: the request takes a struct pmskb_detach, which `arg` is.
         unsafe { self.ioctl(sys::IOC_DETACH, &mut arg) }
             .map_err(|e| Error::new(format!("cannot detach pmskb{minor}"), e, error::DETACH))
@@ -104,7 +116,11 @@ impl Control {
     unsafe fn ioctl<T>(&self, request: u32, arg: &mut T) -> std::io::Result<()> {
         // SAFETY: `arg` is valid for reads and writes of what the request takes.
         let r = unsafe {
-            libc::ioctl(self.0.as_raw_fd(), request as libc::Ioctl, std::ptr::from_mut(arg))
+            libc::ioctl(
+                self.0.as_raw_fd(),
+                request as libc::Ioctl,
+                std::ptr::from_mut(arg),
+            )
         };
         if r < 0 {
             return Err(std::io::Error::last_os_error());

@@ -9,14 +9,23 @@ pub type Result<T> = std::result::Result<T, Error>;
 
 /// A system call that failed: what was tried, the errno, and advice.
 #[derive(Debug, thiserror::Error)]
-#[error("{what}: {source}{}", advice(.hint))]
+#[error("{what}: {}{}", text(.cause), advice(.hint))]
 pub struct Error {
     /// What was tried, with the names of what it was tried on.
     pub what: String,
-    /// The system's answer.
-    pub source: io::Error,
+    /// The system's answer. Not the error's source: it is part of its text.
+    pub cause: io::Error,
     /// What to do about it, if something can be said.
     pub hint: Option<&'static str>,
+}
+
+/// `No such device`, without the number.
+fn text(cause: &io::Error) -> String {
+    let text = cause.to_string();
+    match text.find(" (os error ") {
+        Some(end) => text[..end].to_owned(),
+        None => text,
+    }
 }
 
 fn advice(hint: &Option<&'static str>) -> String {
@@ -31,30 +40,46 @@ impl Error {
 
     pub(crate) fn new(
         what: impl Into<String>,
-        source: io::Error,
+        cause: io::Error,
         hints: &[(i32, &'static str)],
     ) -> Self {
-        let errno = source.raw_os_error();
-        let hint = hints.iter().find(|(e, _)| Some(*e) == errno).map(|(_, h)| *h);
-        Self { what: what.into(), source, hint }
+        let errno = cause.raw_os_error();
+        let hint = hints
+            .iter()
+            .find(|(e, _)| Some(*e) == errno)
+            .map(|(_, h)| *h);
+        Self {
+            what: what.into(),
+            cause,
+            hint,
+        }
     }
 
     /// The errno, 0 if there is none.
     pub fn errno(&self) -> i32 {
-        self.source.raw_os_error().unwrap_or(0)
+        self.cause.raw_os_error().unwrap_or(0)
     }
 }
 
 impl From<Error> for io::Error {
     fn from(e: Error) -> Self {
-        io::Error::new(e.source.kind(), e)
+        io::Error::new(e.cause.kind(), e)
     }
 }
 
 pub(crate) const OPEN_CONTROL: &[(i32, &str)] = &[
-    (libc::ENOENT, "the module is not loaded: run `modprobe pmskb`, or `insmod pmskb.ko`"),
-    (libc::EACCES, "only root may format, attach and detach: run it with sudo"),
-    (libc::EPERM, "only root may format, attach and detach: run it with sudo"),
+    (
+        libc::ENOENT,
+        "the module is not loaded: run `modprobe pmskb`, or `insmod pmskb.ko`",
+    ),
+    (
+        libc::EACCES,
+        "only root may format, attach and detach: run it with sudo",
+    ),
+    (
+        libc::EPERM,
+        "only root may format, attach and detach: run it with sudo",
+    ),
 ];
 
 pub(crate) const OPEN_STORE: &[(i32, &str)] = &[
@@ -63,8 +88,14 @@ pub(crate) const OPEN_STORE: &[(i32, &str)] = &[
         "no such store is attached: `pmskbctl list` shows those that are, \
          `pmskbctl attach DEVICE` attaches one",
     ),
-    (libc::EACCES, "the owner and mode of the device node decide who may use a store"),
-    (libc::ENODEV, "the store was detached; attach it again with `pmskbctl attach DEVICE`"),
+    (
+        libc::EACCES,
+        "the owner and mode of the device node decide who may use a store",
+    ),
+    (
+        libc::ENODEV,
+        "the store was detached; attach it again with `pmskbctl attach DEVICE`",
+    ),
 ];
 
 pub(crate) const OPEN_DEVICE: &[(i32, &str)] = &[
@@ -73,106 +104,107 @@ pub(crate) const OPEN_DEVICE: &[(i32, &str)] = &[
         "there is no such device: `ndctl list -N` shows /dev/pmemN (fsdax), \
          `daxctl list` shows /dev/daxN.M",
     ),
-    (libc::EACCES, "only root may open the device of a region: run it with sudo"),
-    (libc::EBUSY, "the device is in use: unmount it, or detach the store that holds it"),
-];
-
-pub(crate) const FORMAT: &[(i32, &str)] = &[
-    (libc::EPERM, "formatting needs CAP_SYS_ADMIN: run it with sudo"),
+    (
+        libc::EACCES,
+        "only root may open the device of a region: run it with sudo",
+    ),
     (
         libc::EBUSY,
-        "something else holds the region: unmount the file system on it, \
-         or detach the store with `pmskbctl detach pmskbN`",
+        "the device is in use: unmount it, or detach the store that holds it",
     ),
+];
+
+/// What is wrong with a device, whatever it is wanted for.
+macro_rules! device_hints {
+    ($($more:expr),* $(,)?) => {
+        &[
+            (libc::EPERM, "this needs CAP_SYS_ADMIN: run it with sudo"),
+            (
+                libc::EBUSY,
+                "something else holds the region: unmount the file system on it, or see with \
+                 `pmskbctl list` whether it is attached already",
+            ),
+            (
+                libc::ENOTBLK,
+                "this is not the device of a DAX region: give /dev/pmemN (fsdax) or /dev/daxN.M",
+            ),
+            (
+                libc::ENODEV,
+                "this device is no DAX memory: give /dev/pmemN (fsdax) or /dev/daxN.M",
+            ),
+            (
+                libc::EUNATCH,
+                "a /dev/daxN.M must belong to the driver fsdev_dax: unbind it from device_dax, then \
+                 `echo daxN.M > /sys/bus/dax/drivers/fsdev_dax/new_id`",
+            ),
+            (
+                libc::ENXIO,
+                "the region's writes are durable only after a flush by the host (virtio-pmem): use \
+                 an NVDIMM, or memory reserved with memmap= on the kernel command line",
+            ),
+            (libc::EXDEV, "the region consists of several ranges that are not adjacent"),
+            (libc::ERANGE, "the partition does not start and end at a multiple of 4 KiB"),
+            (libc::EFBIG, "the region is larger than a store can be"),
+            (
+                libc::EIO,
+                "the media cannot be read or written: see the kernel log, and `ndctl list -M` for \
+                 bad blocks",
+            ),
+            (libc::EROFS, "the device is read-only"),
+            $($more),*
+        ]
+    };
+}
+
+pub(crate) const FORMAT: &[(i32, &str)] = device_hints!(
     (
         libc::EEXIST,
-        "the region is not blank: what it holds would be lost. If that is what you want, \
-         give --force",
-    ),
-    (
-        libc::ENOTEMPTY,
-        "the region is not blank: what it holds would be lost. If that is what you want, \
-         give --force",
-    ),
-    (
-        libc::ENODEV,
-        "the device cannot be used as memory: a raw or sector namespace must be made over with \
-         `ndctl create-namespace -f -e namespaceX.Y -m fsdax -M mem`",
-    ),
-    (
-        libc::ENOTBLK,
-        "this is not the device of a DAX region: give /dev/pmemN (fsdax) or /dev/daxN.M",
-    ),
-    (
-        libc::ENOTTY,
-        "this is not the device of a DAX region: give /dev/pmemN (fsdax) or /dev/daxN.M",
-    ),
-    (
-        libc::ENXIO,
-        "the device is not ready for use by a file system: bind /dev/daxN.M to the fsdev_dax \
-         driver",
+        "the region is not blank: what it holds would be lost. If that is what you want, give \
+         --force",
     ),
     (
         libc::EOPNOTSUPP,
-        "the region's writes need a flush by the host (virtio-pmem) or it has no struct pages: \
-         use an NVDIMM, or memory reserved with memmap= on the kernel command line",
+        "the namespace is raw or in sector mode, or has no struct pages: make it over with \
+         `ndctl create-namespace -f -e namespaceX.Y -m fsdax -M mem`",
     ),
-    (libc::ERANGE, "the region consists of several ranges that are not adjacent"),
-    (libc::ENOSPC, "the region is too small for a store; 16 MiB are enough"),
-    (libc::EINVAL, "check --head-size: it must leave room for data, and be a multiple of 4 KiB"),
-];
+    (
+        libc::EINVAL,
+        "the region is too small (a store needs at least 8 MiB), or --head-size leaves no room \
+         for data",
+    ),
+);
 
-pub(crate) const ATTACH: &[(i32, &str)] = &[
-    (libc::EPERM, "attaching needs CAP_SYS_ADMIN: run it with sudo"),
-    (
-        libc::EBUSY,
-        "something else holds the region: a mounted file system, or it is attached already \
-         (`pmskbctl list` tells)",
-    ),
-    (
-        libc::EEXIST,
-        "a store is attached already from this region, or with this uuid (`pmskbctl list` tells)",
-    ),
-    (
-        libc::ENODATA,
-        "the region is not formatted: `pmskbctl format DEVICE` makes a store of it",
-    ),
-    (libc::EINVAL, "the region is not formatted: `pmskbctl format DEVICE` makes a store of it"),
+pub(crate) const ATTACH: &[(i32, &str)] =
+    device_hints!(
+    (libc::EEXIST, "a store with this uuid is attached already (`pmskbctl list` tells)"),
+    (libc::EADDRINUSE, "a store with this uuid is attached already (`pmskbctl list` tells)"),
+    (libc::ENFILE, "too many stores are attached"),
+    (libc::EMEDIUMTYPE, "the region holds no store: `pmskbctl format DEVICE` makes one"),
     (
         libc::EUCLEAN,
-        "the store is damaged. `pmskbctl dump --image DEVICE` shows what can still be read; \
-         nothing was changed",
-    ),
-    (
-        libc::EBADMSG,
-        "the store is damaged. `pmskbctl dump --image DEVICE` shows what can still be read; \
-         nothing was changed",
-    ),
-    (
-        libc::EPROTONOSUPPORT,
-        "the store has a feature that this module does not know: load a newer module",
-    ),
-    (
-        libc::ENODEV,
-        "the device cannot be used as memory: a raw or sector namespace must be made over with \
-         `ndctl create-namespace -f -e namespaceX.Y -m fsdax -M mem`",
-    ),
-    (
-        libc::ENXIO,
-        "the device is not ready for use by a file system: bind /dev/daxN.M to the fsdev_dax \
-         driver",
+        "the store is damaged; nothing was changed. `pmskbctl dump --image DEVICE` shows what can \
+         still be read",
     ),
     (
         libc::EOPNOTSUPP,
-        "the region's writes need a flush by the host (virtio-pmem), or the store has a feature \
-         that this module does not know",
+        "the store needs a newer module; or the namespace is raw or in sector mode: then make it \
+         over with `ndctl create-namespace -f -e namespaceX.Y -m fsdax -M mem`",
     ),
-];
+);
 
 pub(crate) const DETACH: &[(i32, &str)] = &[
-    (libc::EPERM, "detaching needs CAP_SYS_ADMIN: run it with sudo"),
-    (libc::ENODEV, "no such store is attached: `pmskbctl list` shows those that are"),
-    (libc::ENOENT, "no such store is attached: `pmskbctl list` shows those that are"),
+    (
+        libc::EPERM,
+        "detaching needs CAP_SYS_ADMIN: run it with sudo",
+    ),
+    (
+        libc::ENODEV,
+        "no such store is attached: `pmskbctl list` shows those that are",
+    ),
+    (
+        libc::ENOENT,
+        "no such store is attached: `pmskbctl list` shows those that are",
+    ),
     (
         libc::EBUSY,
         "it is in use: stop the programs that have it open or mapped, close their sockets \
@@ -181,15 +213,27 @@ pub(crate) const DETACH: &[(i32, &str)] = &[
 ];
 
 pub(crate) const ATTACH_SOCKET: &[(i32, &str)] = &[
-    (libc::EBUSY, "the socket belongs to something else already (kTLS, sockmap, MPTCP)"),
-    (libc::EEXIST, "the socket has an upper layer protocol or is attached already"),
+    (
+        libc::EBUSY,
+        "the socket belongs to something else already (kTLS, sockmap, MPTCP)",
+    ),
+    (
+        libc::EEXIST,
+        "the socket has an upper layer protocol or is attached already",
+    ),
     (libc::EOPNOTSUPP, "only TCP sockets can be attached"),
     (libc::ENOTSOCK, "not a socket"),
     (libc::ENOTCONN, "the socket must be connected or listening"),
-    (libc::EIO, "the store's device is gone or failing: see the kernel log"),
+    (
+        libc::EIO,
+        "the store's device is gone or failing: see the kernel log",
+    ),
 ];
 
 pub(crate) const SUBMIT: &[(i32, &str)] = &[
     (libc::ENODEV, "the store was detached"),
-    (libc::EIO, "the store's device is gone or failing: see the kernel log"),
+    (
+        libc::EIO,
+        "the store's device is gone or failing: see the kernel log",
+    ),
 ];

@@ -19,7 +19,10 @@ pub struct Mapping(MmapRaw);
 impl Mapping {
     pub(crate) fn new(file: &File, len: u64) -> std::io::Result<Self> {
         let len = usize::try_from(len).map_err(std::io::Error::other)?;
-        MmapOptions::new().len(len).map_raw_read_only(file).map(Self)
+        MmapOptions::new()
+            .len(len)
+            .map_raw_read_only(file)
+            .map(Self)
     }
 
     /// Its first byte.

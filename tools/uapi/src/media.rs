@@ -47,7 +47,12 @@ impl Media {
     /// An attached store. `hole` is the head area.
     pub fn live(mapping: Mapping, hole: Range<u64>) -> Self {
         let len = mapping.len() as u64;
-        Self { bytes: Arc::new(Bytes::Live(mapping)), offset: 0, len, hole }
+        Self {
+            bytes: Arc::new(Bytes::Live(mapping)),
+            offset: 0,
+            len,
+            hole,
+        }
     }
 
     /// A file or device; nothing is ever written to it.
@@ -56,15 +61,24 @@ impl Media {
         // The length of a device is not in its metadata.
         let len = file.seek(io::SeekFrom::End(0))?;
         if len == 0 {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "the file is empty"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "the file is empty",
+            ));
         }
         let mut map = MmapOptions::new();
-        map.len(usize::try_from(len).map_err(io::Error::other)?).no_reserve_swap();
+        map.len(usize::try_from(len).map_err(io::Error::other)?)
+            .no_reserve_swap();
         // SAFETY: the file may change while it is mapped; all accesses are atomic
         // and none is a reference to bytes, so that does no more harm than an
         // image with other contents, which the core expects.
         let map = MmapRaw::from(unsafe { map.map_copy(&file)? });
-        Ok(Self { bytes: Arc::new(Bytes::Image(map)), offset: 0, len, hole: 0..0 })
+        Ok(Self {
+            bytes: Arc::new(Bytes::Image(map)),
+            offset: 0,
+            len,
+            hole: 0..0,
+        })
     }
 
     /// A part of it, as a region of its own.
@@ -202,7 +216,10 @@ mod tests {
                 assert_eq!(to, bytes[from..from + len]);
             }
         }
-        assert_eq!(media.load(8).unwrap(), u64::from_le_bytes(bytes[8..16].try_into().unwrap()));
+        assert_eq!(
+            media.load(8).unwrap(),
+            u64::from_le_bytes(bytes[8..16].try_into().unwrap())
+        );
         assert_eq!(media.load(4), Err(Error::Invalid));
         assert_eq!(media.read(250, &mut [0; 7]), Err(Error::Invalid));
         assert_eq!(media.read(u64::MAX, &mut [0; 2]), Err(Error::Invalid));

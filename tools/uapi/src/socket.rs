@@ -112,7 +112,10 @@ impl RecvBuffer {
     /// is forgotten (but its tokens are still held).
     pub fn recv(&mut self, socket: BorrowedFd<'_>) -> io::Result<&[Desc]> {
         self.descs.clear();
-        let mut iov = libc::iovec { iov_base: self.reserve.0, iov_len: RECV_BYTES };
+        let mut iov = libc::iovec {
+            iov_base: self.reserve.0,
+            iov_len: RECV_BYTES,
+        };
         // SAFETY: a msghdr is valid when all zero.
         let mut msg: libc::msghdr = unsafe { std::mem::zeroed() };
         msg.msg_iov = &mut iov;
@@ -122,7 +125,11 @@ impl RecvBuffer {
         // SAFETY: `msg` describes a control buffer that is ours to write, and a
         // data buffer that cannot be written, which is an error and no harm.
         let n = unsafe {
-            libc::recvmsg(socket.as_raw_fd(), &mut msg, libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC)
+            libc::recvmsg(
+                socket.as_raw_fd(),
+                &mut msg,
+                libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC,
+            )
         };
         if n < 0 {
             return Err(io::Error::last_os_error());
@@ -172,14 +179,24 @@ impl RecvBuffer {
 pub fn attach(socket: BorrowedFd<'_>, store: BorrowedFd<'_>) -> Result<()> {
     let name = sys::PMSKB_ULP_NAME;
     // SAFETY: a name of that length.
-    unsafe { set(socket, libc::IPPROTO_TCP, libc::TCP_ULP, name.as_ptr().cast(), name.len() - 1) }
-        .map_err(|e| {
-            const NO_ULP: (i32, &str) =
-                (libc::ENOENT, "the module is not loaded: run `modprobe pmskb`");
-            let mut hints = error::ATTACH_SOCKET.to_vec();
-            hints.push(NO_ULP);
-            Error::new("cannot give the socket the protocol \"pmskb\"", e, &hints)
-        })?;
+    unsafe {
+        set(
+            socket,
+            libc::IPPROTO_TCP,
+            libc::TCP_ULP,
+            name.as_ptr().cast(),
+            name.len() - 1,
+        )
+    }
+    .map_err(|e| {
+        const NO_ULP: (i32, &str) = (
+            libc::ENOENT,
+            "the module is not loaded: run `modprobe pmskb`",
+        );
+        let mut hints = error::ATTACH_SOCKET.to_vec();
+        hints.push(NO_ULP);
+        Error::new("cannot give the socket the protocol \"pmskb\"", e, &hints)
+    })?;
     let fd = store.as_raw_fd();
     // SAFETY: an int.
     unsafe { set_one(socket, sys::PMSKB_ATTACH, &fd) }
@@ -223,9 +240,12 @@ pub fn info(socket: BorrowedFd<'_>) -> Result<sys::pmskb_sock_info> {
 /// Submits a batch through the socket whose tokens it names: the operations'
 /// `fd` must be -1.
 pub fn persist(socket: BorrowedFd<'_>, batch: &mut Batch) -> Result<()> {
-    // SAFETY: a struct pmskb_submit, whose arrays the batch has just described.
+    let call = |arg: &mut sys::pmskb_submit| {
+        // SAFETY: a struct pmskb_submit, whose arrays the batch has just described.
+        unsafe { set_one(socket, sys::PMSKB_PERSIST, arg) }
+    };
     batch
-        .submit_with(|arg| unsafe { set_one(socket, sys::PMSKB_PERSIST, arg) })
+        .submit_with(call)
         .map_err(|e| Error::new("cannot submit to the socket's store", e, error::SUBMIT))
 }
 
@@ -265,7 +285,13 @@ unsafe fn set(
 ) -> io::Result<()> {
     // SAFETY: as promised by the caller.
     let r = unsafe {
-        libc::setsockopt(socket.as_raw_fd(), level, option, value, len as libc::socklen_t)
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            level,
+            option,
+            value,
+            len as libc::socklen_t,
+        )
     };
     if r < 0 {
         return Err(io::Error::last_os_error());
@@ -302,7 +328,11 @@ mod tests {
         let (a, b) = pair();
         drop(a);
         std::thread::sleep(std::time::Duration::from_millis(20));
-        assert!(RecvBuffer::new(4).unwrap().recv(b.as_fd()).unwrap().is_empty());
+        assert!(RecvBuffer::new(4)
+            .unwrap()
+            .recv(b.as_fd())
+            .unwrap()
+            .is_empty());
     }
 
     #[test]
@@ -317,14 +347,19 @@ mod tests {
         // SAFETY: all messages fit the buffer, which has room for 8 of them.
         unsafe {
             let mut cmsg = libc::CMSG_FIRSTHDR(&msg);
-            for (level, kind, token) in
-                [(sys::SOL_PMSKB, 1, 5), (libc::SOL_SOCKET as u32, 1, 6), (sys::SOL_PMSKB, 1, 7)]
-            {
+            for (level, kind, token) in [
+                (sys::SOL_PMSKB, 1, 5),
+                (libc::SOL_SOCKET as u32, 1, 6),
+                (sys::SOL_PMSKB, 1, 7),
+            ] {
                 let size = size_of::<sys::pmskb_desc>() as u32;
                 (*cmsg).cmsg_level = level as i32;
                 (*cmsg).cmsg_type = kind;
                 (*cmsg).cmsg_len = libc::CMSG_LEN(size) as _;
-                let desc = sys::pmskb_desc { token, ..Default::default() };
+                let desc = sys::pmskb_desc {
+                    token,
+                    ..Default::default()
+                };
                 ptr::write_unaligned(libc::CMSG_DATA(cmsg).cast(), desc);
                 used += libc::CMSG_SPACE(size) as usize;
                 cmsg = base.cast::<u8>().add(used).cast();

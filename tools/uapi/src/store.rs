@@ -90,9 +90,16 @@ impl Store {
             r => r,
         };
         let file = file.map_err(|e| {
-            Error::new(format!("cannot open {}", path.display()), e, error::OPEN_STORE)
+            Error::new(
+                format!("cannot open {}", path.display()),
+                e,
+                error::OPEN_STORE,
+            )
         })?;
-        Ok(Self { file, path: path.to_owned() })
+        Ok(Self {
+            file,
+            path: path.to_owned(),
+        })
     }
 
     /// The path that it was opened with.
@@ -105,9 +112,15 @@ impl Store {
         let mut raw = sys::pmskb_store_info::default();
         // SAFETY: the request writes a struct pmskb_store_info.
         unsafe { self.ioctl(sys::IOC_INFO, std::ptr::from_mut(&mut raw)) }.map_err(|e| {
-            const NO_STORE: (i32, &str) =
-                (libc::ENOTTY, "this is not a store's device node: give /dev/pmskbN");
-            Error::new(format!("cannot read the counters of {}", self.path.display()), e, &[NO_STORE])
+            const NO_STORE: (i32, &str) = (
+                libc::ENOTTY,
+                "this is not a store's device node: give /dev/pmskbN",
+            );
+            Error::new(
+                format!("cannot read the counters of {}", self.path.display()),
+                e,
+                &[NO_STORE],
+            )
         })?;
         Ok(StoreInfo { raw })
     }
@@ -115,8 +128,13 @@ impl Store {
     /// Maps what of it can be mapped, to be read.
     pub fn map(&self) -> Result<Mapping> {
         let len = self.info()?.raw.map_len;
-        Mapping::new(&self.file, len)
-            .map_err(|e| Error::new(format!("cannot map {}", self.path.display()), e, error::SUBMIT))
+        Mapping::new(&self.file, len).map_err(|e| {
+            Error::new(
+                format!("cannot map {}", self.path.display()),
+                e,
+                error::SUBMIT,
+            )
+        })
     }
 
     /// Attaches a TCP socket, connected or listening. What a listening one
@@ -134,11 +152,15 @@ impl Store {
     /// [`Batch::outcome`] tells what did. An error means that (a part of) the
     /// array was refused; its operations' outcomes are that error.
     pub fn submit(&self, batch: &mut Batch) -> Result<()> {
-        // SAFETY: the request takes a struct pmskb_submit, whose arrays the batch
-        // has just described, and keeps, for the length of the call.
-        batch.submit_with(|arg| unsafe { self.ioctl(sys::IOC_SUBMIT, std::ptr::from_mut(arg)) }).map_err(
-            |e| Error::new(format!("cannot submit to {}", self.path.display()), e, error::SUBMIT),
-        )
+        let call = |arg: &mut sys::pmskb_submit| {
+            // SAFETY: the request takes a struct pmskb_submit, whose arrays the batch
+            // has just described, and keeps for the length of the call.
+            unsafe { self.ioctl(sys::IOC_SUBMIT, std::ptr::from_mut(arg)) }
+        };
+        batch.submit_with(call).map_err(|e| {
+            let what = format!("cannot submit to {}", self.path.display());
+            Error::new(what, e, error::SUBMIT)
+        })
     }
 
     /// # Safety
@@ -169,7 +191,15 @@ mod tests {
         for name in ["3", "pmskb3", "/dev/pmskb3"] {
             assert_eq!(minor_of(name), Some(3), "{name}");
         }
-        for name in ["", "pmskb", "/dev/pmskb", "pmem0", "pmskb-1", "pmskb3x", "+3"] {
+        for name in [
+            "",
+            "pmskb",
+            "/dev/pmskb",
+            "pmem0",
+            "pmskb-1",
+            "pmskb3x",
+            "+3",
+        ] {
             assert_eq!(minor_of(name), None, "{name}");
         }
     }

@@ -1,0 +1,588 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * Promises about coming and going: references that are exact however sockets
+ * end, detach, the device's driver leaving, and packet filters on the way.
+ * What needs the module unloaded is in shell.sh.
+ */
+#include "common.h"
+#include "media.h"
+
+#include <arpa/inet.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <libgen.h>
+#include <limits.h>
+#include <poll.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <time.h>
+
+#include "kselftest_harness.h"
+
+#define ERRNO(call) ((call) < 0 ? errno : 0)
+
+static long read_number(const char *path)
+{
+	FILE *f = fopen(path, "r");
+	long v = -1;
+
+	if (!f)
+		return -1;
+	if (fscanf(f, "%ld", &v) != 1)
+		v = -1;
+	fclose(f);
+	return v;
+}
+
+static long module_references(void)
+{
+	return read_number("/sys/module/pmskb/refcnt");
+}
+
+FIXTURE(life) {
+	struct store s;
+	long references;
+};
+
+FIXTURE_VARIANT(life) {
+	int family;
+	enum dev dev;
+	enum link link;
+};
+
+FIXTURE_VARIANT_ADD(life, v4_pmem_lo) { AF_INET, DEV_PMEM, LINK_LO };
+FIXTURE_VARIANT_ADD(life, v6_dax_veth) { AF_INET6, DEV_DAX, LINK_VETH };
+
+FIXTURE_SETUP(life)
+{
+	const char *why;
+
+	if (!dev_path(variant->dev, &why))
+		SKIP(return, "%s", why);
+	why = net_up(variant->link);
+	if (why)
+		SKIP(return, "%s", why);
+	ASSERT_EQ(0, store_make(&self->s, variant->dev, 0, 0));
+	self->references = module_references();
+}
+
+FIXTURE_TEARDOWN(life)
+{
+	EXPECT_EQ(0, store_close(&self->s));
+}
+
+/* All that sockets had is back. */
+static void all_back(struct __test_metadata *_metadata, struct store *s, long references)
+{
+	struct pmskb_store_info info;
+	int k;
+
+	EXPECT_EQ(0, store_back(s, 10000, &info));
+	EXPECT_EQ(0, info.sockets);
+	EXPECT_EQ(0, info.tokens);
+	EXPECT_EQ(s->info.frames_free, info.frames_free);
+	EXPECT_EQ(s->info.heads_free, info.heads_free);
+	for (k = 0; k < 500 && module_references() != references; k++)
+		usleep(20000);
+	EXPECT_EQ(references, module_references()) TH_LOG("references to the module");
+}
+
+TEST_F_TIMEOUT(life, references_are_exact_over_thousands_of_accepts_and_closes, 600)
+{
+	unsigned long nr = env_number("PMSKB_TEST_CONNS", 2000), i;
+	struct net net = { variant->family, variant->link };
+	struct linger lin = { 1, 0 };
+	struct sockaddr_storage addr;
+	struct pmskb_desc d[8];
+	socklen_t len;
+	int l, c, s;
+
+	if (variant->link != LINK_LO)
+		nr /= 4;
+	l = net_listen(&net, &addr, &len);
+	ASSERT_LE(0, l);
+	ASSERT_EQ(0, sock_attach_opt(l, self->s.fd));
+	ASSERT_EQ(0, sock_mode(l, PMSKB_RX_DESC));
+	for (i = 0; i < nr; i++) {
+		c = net_connect(&net, &addr, len);
+		ASSERT_LE(0, c) TH_LOG("connection %lu: %s", i, strerror(-c));
+		switch (i % 8) {
+		case 0: /* the client leaves before it is accepted */
+			if (i % 16)
+				setsockopt(c, SOL_SOCKET, SO_LINGER, &lin, sizeof(lin));
+			send(c, "x", 1, MSG_NOSIGNAL);
+			close(c);
+			s = accept(l, NULL, NULL);
+			if (s >= 0)
+				close(s);
+			continue;
+		case 1: /* bytes unread: closing resets */
+			send_all(c, "unread", 6);
+			break;
+		case 2: /* tokens held */
+			send_all(c, "held", 4);
+			break;
+		}
+		s = accept(l, NULL, NULL);
+		ASSERT_LE(0, s);
+		switch (i % 8) {
+		case 2:
+			ASSERT_EQ(1, desc_recv_bytes(s, d, 8, 4));
+			close(s);
+			close(c);
+			break;
+		case 3: /* the server resets */
+			setsockopt(s, SOL_SOCKET, SO_LINGER, &lin, sizeof(lin));
+			close(s);
+			close(c);
+			break;
+		case 4: /* the client resets */
+			setsockopt(c, SOL_SOCKET, SO_LINGER, &lin, sizeof(lin));
+			close(c);
+			close(s);
+			break;
+		case 5: /* the client first: no TIME_WAIT here */
+			close(c);
+			close(s);
+			break;
+		default: /* the server first: TIME_WAIT here */
+			close(s);
+			close(c);
+		}
+	}
+	close(l);
+	all_back(_metadata, &self->s, self->references);
+}
+
+TEST_F_TIMEOUT(life, listeners_that_come_and_go_with_full_queues_leave_nothing, 240)
+{
+	struct net net = { variant->family, variant->link };
+	struct sockaddr_storage addr;
+	socklen_t len;
+	int i, k, l, c[30];
+
+	for (i = 0; i < 20; i++) {
+		l = net_listen(&net, &addr, &len);
+		ASSERT_LE(0, l);
+		ASSERT_EQ(0, sock_attach_ioctl(l, self->s.fd));
+		for (k = 0; k < 30; k++) {
+			c[k] = net_connect(&net, &addr, len);
+			ASSERT_LE(0, c[k]);
+			send(c[k], "waiting", 7, MSG_NOSIGNAL);
+		}
+		if (i & 1)
+			shutdown(l, SHUT_RDWR);
+		close(l);
+		for (k = 0; k < 30; k++)
+			close(c[k]);
+	}
+	all_back(_metadata, &self->s, self->references);
+}
+
+TEST_F_TIMEOUT(life, detach_is_ebusy_while_a_pipe_has_frames_and_fine_when_it_is_drained, 60)
+{
+	struct net net = { variant->family, variant->link };
+	static char buf[8000];
+	size_t in_pipe = 0;
+	struct conn c;
+	int pipes[2];
+
+	ASSERT_EQ(0, conn_make(&c, &net, self->s.fd, HOW_LISTENER_OPT));
+	ASSERT_EQ(0, pipe(pipes));
+	fill(buf, sizeof(buf), 81, 0);
+	ASSERT_EQ(0, send_all(c.c, buf, sizeof(buf)));
+	while (in_pipe < sizeof(buf)) {
+		ssize_t n = splice(c.s, NULL, pipes[1], NULL, sizeof(buf) - in_pipe, 0);
+
+		ASSERT_LT(0, n);
+		in_pipe += n;
+	}
+	conn_close(&c);
+	store_let_go(&self->s);
+	EXPECT_EQ(-EBUSY, dev_detach(self->s.ctl, self->s.minor, 300));
+	EXPECT_EQ(-EBUSY, dev_detach(self->s.ctl, self->s.minor, 1));
+	memset(buf, 0, sizeof(buf));
+	for (in_pipe = 0; in_pipe < sizeof(buf);) {
+		ssize_t n = read(pipes[0], buf + in_pipe, sizeof(buf) - in_pipe);
+
+		ASSERT_LT(0, n);
+		in_pipe += n;
+	}
+	EXPECT_EQ(-1, differs(buf, sizeof(buf), 81, 0));
+	EXPECT_EQ(0, dev_detach(self->s.ctl, self->s.minor, 5000));
+	self->s.minor = ~0U;
+}
+
+TEST_F_TIMEOUT(life, after_a_detach_that_was_refused_the_store_works_as_before, 60)
+{
+	struct net net = { variant->family, variant->link };
+	char buf[1000] = {};
+	struct conn c;
+	int i;
+
+	ASSERT_EQ(0, conn_make(&c, &net, self->s.fd, HOW_ACCEPTED_OPT));
+	for (i = 0; i < 5; i++) {
+		EXPECT_EQ(-EBUSY, dev_detach(self->s.ctl, self->s.minor, 50));
+		ASSERT_EQ(0, send_all(c.c, buf, sizeof(buf)));
+		ASSERT_EQ(0, recv_all(c.s, buf, sizeof(buf)));
+	}
+	{
+		struct pmskb_sock_info si;
+
+		ASSERT_EQ(0, sock_info(c.s, &si));
+		EXPECT_LE(5 * sizeof(buf), si.counters.placed_bytes);
+	}
+	conn_close(&c);
+}
+
+TEST_F_TIMEOUT(life, attach_and_detach_many_times, 240)
+{
+	unsigned long nr = env_number("PMSKB_TEST_ATTACHES", 20), i;
+	struct pmskb_attach a;
+
+	store_let_go(&self->s);
+	ASSERT_EQ(0, dev_detach(self->s.ctl, self->s.minor, 5000));
+	for (i = 0; i < nr; i++) {
+		ASSERT_EQ(0, dev_attach(self->s.ctl, self->s.dev, &a));
+		ASSERT_EQ(0, dev_detach(self->s.ctl, a.minor, 5000));
+	}
+	self->s.minor = ~0U;
+}
+
+/* ---- filters and taps ---- */
+
+#define TABLE "pmskb_selftest"
+
+TEST_F_TIMEOUT(life, connection_tracking_and_later_hooks_see_every_packet, 120)
+{
+	struct net net = { variant->family, LINK_VETH };
+	static char buf[1 << 20];
+	const char *why = net_up(LINK_VETH);
+	long established, late, fresh;
+	struct pmskb_sock_info si;
+	struct conn c;
+	FILE *p;
+
+	if (why)
+		SKIP(return, "%s", why);
+	if (!have_program("nft"))
+		SKIP(return, "there is no nft");
+	sh("nft delete table inet " TABLE " 2>/dev/null");
+	if (sh("nft -f - <<'END'\n"
+	       "table inet " TABLE " {\n"
+	       " counter established { }\n counter fresh { }\n counter late { }\n"
+	       " chain early { type filter hook input priority -10; policy accept;\n"
+	       "  iifname \"pmskb-a\" ct state established counter name established accept\n"
+	       "  iifname \"pmskb-a\" tcp flags & (syn|ack) == syn ct state new counter name fresh accept\n"
+	       "  iifname \"pmskb-a\" meta l4proto tcp drop\n"
+	       " }\n"
+	       " chain late { type filter hook input priority 2000000000; policy accept;\n"
+	       "  iifname \"pmskb-a\" meta l4proto tcp counter name late\n"
+	       " }\n"
+	       "}\nEND"))
+		SKIP(return, "nft cannot load the rules");
+	EXPECT_EQ(0, conn_make(&c, &net, self->s.fd, HOW_LISTENER_OPT));
+	if (c.s >= 0) {
+		struct sender snd;
+
+		EXPECT_EQ(0, sender_start(&snd, c.c, 82, sizeof(buf), 50000, false));
+		EXPECT_EQ(0, recv_all(c.s, buf, sizeof(buf)));
+		EXPECT_EQ(-1, differs(buf, sizeof(buf), 82, 0));
+		EXPECT_EQ(0, sender_wait(&snd));
+		EXPECT_EQ(0, sock_info(c.s, &si));
+		EXPECT_LE(sizeof(buf), si.counters.placed_bytes);
+	}
+	p = popen("nft list counters table inet " TABLE " | awk '/counter/ { n = $2 } "
+		  "/bytes/ { print n, $4 }' | sort", "r");
+	established = fresh = late = -1;
+	if (p) {
+		if (fscanf(p, "established %ld fresh %ld late %ld", &established, &fresh, &late) != 3)
+			TH_LOG("cannot read nft's counters");
+		pclose(p);
+	}
+	EXPECT_LT(0, fresh);
+	EXPECT_LE(sizeof(buf), established) TH_LOG("bytes with ct state established");
+	EXPECT_LE(sizeof(buf), late) TH_LOG("bytes that a hook after placement saw");
+	sh("nft delete table inet " TABLE);
+	if (have_program("conntrack") && c.s >= 0) {
+		struct sockaddr_storage a;
+		socklen_t len = sizeof(a);
+
+		getpeername(c.s, (void *)&a, &len);
+		/* Confirmed, or it would not be in the table. */
+		EXPECT_EQ(0, sh("conntrack -L -f %s -p tcp --sport %u 2>/dev/null | grep -q ESTABLISHED",
+				variant->family == AF_INET ? "ipv4" : "ipv6",
+				ntohs(((struct sockaddr_in *)&a)->sin_port)));
+	}
+	conn_close(&c);
+}
+
+TEST_F_TIMEOUT(life, a_running_tcpdump_changes_nothing_and_sees_everything, 120)
+{
+	struct net net = { variant->family, variant->link };
+	static char buf[500000];
+	struct pmskb_desc *d;
+	struct conn c;
+	int n, i, k;
+	uint64_t pos = 0;
+
+	if (!have_program("tcpdump"))
+		SKIP(return, "there is no tcpdump");
+	d = calloc(4096, sizeof(*d));
+	sh("rm -f /tmp/pmskb.pcap; tcpdump -i %s -U -w /tmp/pmskb.pcap tcp >/dev/null 2>&1 & echo $! > /tmp/pmskb.pid; sleep 1",
+	   variant->link == LINK_LO ? "lo" : "pmskb-a");
+	ASSERT_EQ(0, conn_make(&c, &net, self->s.fd, HOW_LISTENER_OPT));
+	ASSERT_EQ(0, sock_mode(c.s, PMSKB_RX_DESC));
+	for (k = 0; k < 4; k++) {
+		struct sender snd;
+
+		ASSERT_EQ(0, sender_start(&snd, c.c, 83 + k, sizeof(buf), 50000, false));
+		n = desc_recv_bytes(c.s, d, 4096, sizeof(buf));
+		EXPECT_LT(0, n);
+		for (i = 0, pos = 0; i < n; i++) {
+			EXPECT_EQ(-1, differs(self->s.map + d[i].offset, d[i].len, 83 + k, pos));
+			pos += d[i].len;
+		}
+		EXPECT_EQ(0, desc_release_all(c.s, d, n));
+		EXPECT_EQ(0, sender_wait(&snd));
+	}
+	sh("sleep 1; kill $(cat /tmp/pmskb.pid); wait");
+	EXPECT_EQ(0, sh("test $(stat -c %%s /tmp/pmskb.pcap) -gt 100000")) TH_LOG("the dump is empty");
+	sh("rm -f /tmp/pmskb.pcap /tmp/pmskb.pid");
+	conn_close(&c);
+	free(d);
+}
+
+/* ---- failing allocations ---- */
+
+TEST_F_TIMEOUT(life, failed_allocations_leave_nothing_behind, 300)
+{
+	struct net net = { variant->family, variant->link };
+	struct sockaddr_storage addr;
+	char buf[64], number[16];
+	socklen_t len;
+	int fd, l, nth, failed = 0;
+
+	fd = open("/proc/self/fail-nth", O_RDWR);
+	if (fd < 0)
+		SKIP(return, "this kernel has no fault injection");
+	sh("echo N > /sys/kernel/debug/failslab/ignore-gfp-wait 2>/dev/null");
+	l = net_listen(&net, &addr, &len);
+	ASSERT_LE(0, l);
+	ASSERT_EQ(0, sock_attach_ioctl(l, self->s.fd));
+	for (nth = 1; nth <= 60; nth++) {
+		struct conn c = { -1, -1 };
+
+		snprintf(number, sizeof(number), "%d", nth);
+		ASSERT_LT(0, write(fd, number, strlen(number)));
+		c.c = net_connect(&net, &addr, len);
+		if (c.c >= 0) {
+			timeout_set(l, 2000);
+			c.s = accept(l, NULL, NULL);
+			if (c.s >= 0) {
+				timeout_set(c.s, 1000);
+				send(c.c, "data", 4, MSG_NOSIGNAL);
+				recv(c.s, buf, sizeof(buf), 0);
+			}
+		}
+		lseek(fd, 0, SEEK_SET);
+		memset(number, 0, sizeof(number));
+		/* What is left of the count: 0, if it has failed something. */
+		if (read(fd, number, sizeof(number) - 1) > 0 && atoi(number) == 0)
+			failed++;
+		if (write(fd, "0", 1) != 1)
+			TH_LOG("cannot switch it off");
+		conn_close(&c);
+	}
+	for (nth = 1; nth <= 20; nth++) {
+		int s = net_client(&net), err;
+
+		snprintf(number, sizeof(number), "%d", nth);
+		ASSERT_LT(0, write(fd, number, strlen(number)));
+		err = sock_attach_ioctl(s, self->s.fd);
+		if (write(fd, "0", 1) != 1)
+			TH_LOG("cannot switch it off");
+		EXPECT_TRUE(err == 0 || err == -ENOMEM) TH_LOG("%d", err);
+		close(s);
+	}
+	EXPECT_LT(10, failed) TH_LOG("nothing was made to fail");
+	close(l);
+	close(fd);
+	all_back(_metadata, &self->s, self->references);
+}
+
+/* ---- the driver leaves ---- */
+
+/* The driver's directory in sysfs and the device's name in it. */
+static int driver_of(enum dev dev, char *driver, char *name, size_t size)
+{
+	const char *why, *path = dev_path(dev, &why);
+	char link[PATH_MAX], real[PATH_MAX];
+
+	if (!path)
+		return -ENODEV;
+	path = strrchr(path, '/') + 1;
+	if (dev == DEV_PMEM)
+		snprintf(link, sizeof(link), "/sys/block/%s/device", path);
+	else
+		snprintf(link, sizeof(link), "/sys/bus/dax/devices/%s", path);
+	if (!realpath(link, real))
+		return -errno;
+	snprintf(name, size, "%s", basename(real));
+	strncat(link, "/driver", sizeof(link) - strlen(link) - 1);
+	if (!realpath(link, real))
+		return -errno;
+	snprintf(driver, size, "%s", real);
+	return 0;
+}
+
+static int poke(const char *dir, const char *file, const char *what)
+{
+	char path[PATH_MAX];
+	int fd, err;
+
+	snprintf(path, sizeof(path), "%s/%s", dir, file);
+	fd = open(path, O_WRONLY);
+	if (fd < 0)
+		return -errno;
+	err = write(fd, what, strlen(what)) < 0 ? -errno : 0;
+	close(fd);
+	return err;
+}
+
+static sigjmp_buf fault_jump;
+
+static void on_fault(int sig)
+{
+	siglongjmp(fault_jump, sig);
+}
+
+TEST_F_TIMEOUT(life, unbinding_the_driver_under_traffic_ends_in_errors_and_not_in_tears, 120)
+{
+	struct net net = { variant->family, variant->link };
+	enum { NR = 4 };
+	struct sender snd[NR], drain[NR];
+	char driver[PATH_MAX], name[PATH_MAX];
+	struct pmskb_op op = op_put("after", 5, NULL, 0);
+	struct pmskb_store_info info;
+	struct conn c[NR + 1];
+	struct pmskb_desc d[16];
+	struct pmskb_result r;
+	struct store again;
+	volatile int sig;
+	int i, n, err, k;
+	char buf[100];
+
+	if (driver_of(variant->dev, driver, name, PATH_MAX))
+		SKIP(return, "cannot find the device's driver");
+	ASSERT_EQ(1, ({
+		int64_t seq;
+
+		err = submit(self->s.fd, &(struct pmskb_op) { .opcode = PMSKB_OP_PUT, .fd = -1, .key = PTR("before"),
+			     .key_len = 6 }, &r, 1);
+		seq = err ? err : r.res;
+		seq;
+	}));
+	for (i = 0; i < NR; i++) {
+		ASSERT_EQ(0, conn_make(&c[i], &net, self->s.fd, HOW_LISTENER_OPT));
+		ASSERT_EQ(0, sender_start(&snd[i], c[i].c, i, 1ULL << 40, 60000, false));
+		drain[i].pid = fork();
+		if (!drain[i].pid) {
+			static char sink[65536];
+
+			while (recv(c[i].s, sink, sizeof(sink), 0) > 0)
+				;
+			_exit(0);
+		}
+	}
+	/* One that holds tokens, and has bytes unread. */
+	ASSERT_EQ(0, conn_make(&c[NR], &net, self->s.fd, HOW_ACCEPTED_IOCTL));
+	ASSERT_EQ(0, sock_mode(c[NR].s, PMSKB_RX_DESC));
+	ASSERT_EQ(0, send_all(c[NR].c, "held", 4));
+	n = desc_recv_bytes(c[NR].s, d, 16, 4);
+	ASSERT_EQ(1, n);
+	ASSERT_EQ(0, send_all(c[NR].c, "unread", 6));
+	usleep(300000);
+
+	/* In a process of its own: should it hang, the test says so. */
+	{
+		pid_t pid = fork();
+		int st = -1;
+
+		if (!pid)
+			_exit(poke(driver, "unbind", name) ? 1 : 0);
+		for (k = 0; k < 600; k++) {
+			if (waitpid(pid, &st, WNOHANG) == pid)
+				break;
+			usleep(50000);
+		}
+		ASSERT_NE(600, k) TH_LOG("unbinding hangs");
+		EXPECT_EQ(0, st);
+	}
+
+	/* Mappings are gone. */
+	signal(SIGBUS, on_fault);
+	signal(SIGSEGV, on_fault);
+	sig = sigsetjmp(fault_jump, 1);
+	if (!sig)
+		sig = *(volatile uint8_t *)(self->s.map + d[0].offset) ? 0 : 0;
+	EXPECT_EQ(SIGBUS, sig) TH_LOG("the mapping outlives the memory");
+	signal(SIGBUS, SIG_DFL);
+	signal(SIGSEGV, SIG_DFL);
+	/* Operations are EIO. */
+	err = submit(self->s.fd, &op, &r, 1);
+	EXPECT_EQ(-EIO, err ?: r.res);
+	EXPECT_EQ(EIO, ERRNO(pread(self->s.fd, buf, 16, 0)));
+	err = ioctl(self->s.fd, PMSKB_IOC_INFO, &info) ? -errno : 0;
+	EXPECT_TRUE(err == 0 || err == -EIO) TH_LOG("%d", err);
+	/* New sockets are refused. */
+	{
+		int fd = socket(AF_INET, SOCK_STREAM, 0);
+
+		EXPECT_EQ(-EIO, sock_attach_ioctl(fd, self->s.fd));
+		close(fd);
+	}
+	/* Attached ones answer, one way or another, and do not hang. */
+	timeout_set(c[NR].s, 1000);
+	desc_recv_flags(c[NR].s, d, 16, 0, NULL, NULL);
+	send(c[NR].c, "more", 4, MSG_NOSIGNAL);
+	desc_release(c[NR].s, d[0].token, 1);
+
+	for (i = 0; i < NR; i++) {
+		kill(snd[i].pid, SIGKILL);
+		waitpid(snd[i].pid, NULL, 0);
+		kill(drain[i].pid, SIGKILL);
+		waitpid(drain[i].pid, NULL, 0);
+	}
+	for (i = 0; i <= NR; i++)
+		conn_close(&c[i]);
+	store_let_go(&self->s);
+	err = dev_detach(self->s.ctl, self->s.minor, 5000);
+	EXPECT_TRUE(err == 0 || err == -ENODEV) TH_LOG("detaching what is gone: %d", err);
+	self->s.minor = ~0U;
+	close(self->s.dev);
+	self->s.dev = -1;
+
+	/* It comes back, and has what was acknowledged. */
+	ASSERT_EQ(0, poke(driver, "bind", name)) TH_LOG("cannot bind %s to %s again", name, driver);
+	for (k = 0; k < 100; k++) {
+		const char *why;
+		const char *path = dev_path(variant->dev, &why);
+
+		self->s.dev = path ? open(path, O_RDWR | O_CLOEXEC) : -1;
+		if (self->s.dev >= 0)
+			break;
+		usleep(50000);
+	}
+	ASSERT_LE(0, self->s.dev);
+	close(self->s.dev);
+	self->s.dev = -1;
+	err = store_open(&again, variant->dev);
+	ASSERT_EQ(0, err);
+	EXPECT_EQ(1, media_scan(again.map, again.map_len, NULL, NULL));
+	EXPECT_EQ(0, store_close(&again));
+}
+
+TEST_HARNESS_MAIN

@@ -1,0 +1,365 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The promise: nothing acknowledged is lost, nothing half-written is seen.
+
+mod common;
+use common::*;
+use pmskb_core::sim::{Rng, SimPm};
+use pmskb_core::*;
+
+/// Checks one image: recovers it, compares it with what is allowed, recovers it
+/// again after a crash during the recovery, and uses it.
+fn check_image(image: SimPm, model: &Model, rng: &mut Rng) -> std::result::Result<u64, String> {
+    let mut states = 1;
+    let again = image.clone();
+    let (store, _) = recover(image).map_err(|error| format!("recovery: {error:?}"))?;
+    check(&store, model)?;
+    if rng.below(4) == 0 {
+        let events = store.pm().counts().events;
+        again.stop_at(rng.below(events + 1));
+        // The image is what matters; recovery may fail at the stop or succeed.
+        let crashed = {
+            let geo = probe(&again)
+                .map_err(|error| format!("{error:?}"))?
+                .superblock
+                .geometry;
+            let frames = host::HostFrames::new(&geo).unwrap();
+            let work = vec![0; SimStore::WORK_WORDS];
+            let _ = Store::recover(&again, frames, work, RecoverOptions::default());
+            again.crash_torn(rng)
+        };
+        let (store, _) = recover(crashed).map_err(|error| format!("second: {error:?}"))?;
+        check(&store, model).map_err(|error| format!("after a second crash: {error}"))?;
+        states += 1;
+    }
+    if rng.below(8) == 0 {
+        let mut driver = Driver::new(store);
+        driver.model = model.clone();
+        let op = Op::Put {
+            key: b"after".to_vec(),
+            tag: 0xaf7e4,
+            len: 100,
+        };
+        driver
+            .run(&op)
+            .map_err(|error| format!("put after: {error:?}"))?;
+        for values in driver.model.keys.values_mut() {
+            values.insert(0, None);
+        }
+        driver
+            .store
+            .commit()
+            .map_err(|error| format!("commit after: {error:?}"))?;
+        driver.let_go();
+        check(&driver.store, &driver.model).map_err(|error| format!("use after: {error}"))?;
+    }
+    Ok(states)
+}
+
+/// All crash points of `ops`, all subsets of up to `exhaustive` lines.
+fn crash_everywhere(ops: &[Op], exhaustive: usize, sample: u64, seed: u64) -> u64 {
+    let base = formatted();
+    let run = |stop: u64| -> Driver {
+        let (store, _) = recover(base.clone()).unwrap();
+        store.pm().reset_counts();
+        store.pm().stop_at(stop);
+        let mut driver = Driver::new(store);
+        for op in ops {
+            if driver.run(op).is_err() {
+                break;
+            }
+        }
+        driver
+    };
+    let events = run(u64::MAX).store.pm().counts().events;
+    let mut states = 0;
+    let mut rng = Rng(seed);
+    for stop in 0..=events {
+        let driver = run(stop);
+        let pm = driver.store.pm();
+        let lines = pm.unsafe_lines().len();
+        let fail = |what: String, how: String| -> ! {
+            panic!("{what}\n  {how}, stopped at event {stop} of {events}\n  {ops:?}")
+        };
+        let subsets = if lines <= exhaustive {
+            1u64 << lines
+        } else {
+            0
+        };
+        for kept in 0..subsets {
+            match check_image(pm.crash_subset(kept, &mut rng), &driver.model, &mut rng) {
+                Ok(count) => states += count,
+                Err(what) => fail(what, format!("subset {kept:#x} of {lines} lines")),
+            }
+        }
+        let torn = if subsets == 0 { sample } else { sample / 4 };
+        for _ in 0..torn {
+            let seed = rng.0;
+            match check_image(pm.crash_torn(&mut rng), &driver.model, &mut rng) {
+                Ok(count) => states += count,
+                Err(what) => fail(what, format!("torn, seed {seed:#x}")),
+            }
+        }
+    }
+    states
+}
+
+fn put(key: &str, tag: u64, len: usize) -> Op {
+    Op::Put {
+        key: key.into(),
+        tag,
+        len,
+    }
+}
+
+fn delete(key: &str) -> Op {
+    Op::Delete { key: key.into() }
+}
+
+#[test]
+fn acknowledged_inserts_survive_every_crash() {
+    let ops = [put("a", 1, 100), Op::Commit, put("b", 2, 200), Op::Commit];
+    println!("{} states", crash_everywhere(&ops, 10, 40, 1));
+}
+
+#[test]
+fn a_replaced_key_has_its_old_or_new_value_after_every_crash() {
+    let ops = [
+        put("a", 1, 100),
+        Op::Commit,
+        put("a", 2, 130),
+        Op::Commit,
+        put("a", 3, 70),
+        Op::Commit,
+        Op::Sync,
+    ];
+    println!("{} states", crash_everywhere(&ops, 10, 40, 2));
+}
+
+#[test]
+fn a_deleted_key_stays_deleted_and_no_older_value_comes_back() {
+    let ops = [
+        put("a", 1, 64),
+        Op::Commit,
+        put("a", 2, 64),
+        Op::Commit,
+        delete("a"),
+        Op::Commit,
+        put("b", 3, 64),
+        Op::Commit,
+        Op::Sync,
+    ];
+    println!("{} states", crash_everywhere(&ops, 10, 40, 3));
+}
+
+#[test]
+fn every_record_of_a_batch_is_whole_or_absent() {
+    let ops = [
+        put("a", 1, 60),
+        Op::Append { tag: 2, len: 64 },
+        Op::PutKeyExtent {
+            key: b"in the packet".to_vec(),
+            tag: 3,
+            len: 90,
+        },
+        Op::Commit,
+        put("a", 4, 60),
+        delete("in the packet"),
+        Op::Append { tag: 5, len: 0 },
+        Op::Commit,
+    ];
+    println!("{} states", crash_everywhere(&ops, 8, 60, 4));
+}
+
+#[test]
+fn the_same_key_twice_in_a_batch_is_as_good_as_one_by_one() {
+    let ops = [
+        put("a", 1, 64),
+        put("a", 2, 64),
+        delete("a"),
+        put("a", 3, 64),
+        Op::Commit,
+    ];
+    println!("{} states", crash_everywhere(&ops, 8, 40, 5));
+}
+
+#[test]
+fn objects_with_extent_lists_are_whole_or_absent() {
+    // Every second frame, so that nothing is merged: more than fit in a record.
+    let base = formatted();
+    let run = |stop: u64| {
+        let (store, _) = recover(base.clone()).unwrap();
+        store.pm().reset_counts();
+        store.pm().stop_at(stop);
+        let mut driver = Driver::new(store);
+        let _ = list_put(&mut driver, 7, 70);
+        let _ = list_put(&mut driver, 8, 66);
+        driver
+    };
+    let events = run(u64::MAX).store.pm().counts().events;
+    let mut rng = Rng(6);
+    let mut states = 0;
+    for stop in (0..=events).filter(|stop| stop % 7 == 0 || events - stop < 40) {
+        let driver = run(stop);
+        for _ in 0..6 {
+            let image = driver.store.pm().crash_torn(&mut rng);
+            states += check_image(image, &driver.model, &mut rng).unwrap();
+        }
+    }
+    println!("{states} states");
+}
+
+fn list_put(driver: &mut Driver, tag: u64, pieces: usize) -> Result<()> {
+    let bytes = bytes_of(tag, pieces * 16);
+    let op = Op::Put {
+        key: b"list".to_vec(),
+        tag,
+        len: bytes.len(),
+    };
+    driver.model.staged(&op);
+    let mut extents = Vec::new();
+    for part in bytes.chunks(16) {
+        let at = driver.fill(part)?;
+        driver.fill(&[0; 8])?;
+        extents.push(at[0]);
+    }
+    let args = PutArgs {
+        key: Key::Bytes(b"list"),
+        extents: &extents,
+        meta: Meta {
+            payload_crc: Some(crc32c_software(0, &bytes)),
+            ..Meta::default()
+        },
+        mode: PutMode::Upsert,
+    };
+    driver.store.put(&args)?;
+    driver.run(&Op::Commit)
+}
+
+#[test]
+fn a_crash_while_formatting_leaves_the_old_store_none_or_the_new_one() {
+    let (store, _) = recover(formatted()).unwrap();
+    let mut driver = Driver::new(store);
+    driver.run(&put("old", 1, 100)).unwrap();
+    driver.run(&Op::Commit).unwrap();
+    let (old_model, old) = (
+        driver.model.clone(),
+        driver.store.pm().crash_subset(0, &mut Rng(0)),
+    );
+    let new = FormatParams {
+        uuid: [9; 16],
+        salt: 77,
+        ..params()
+    };
+    let count = old.clone();
+    count.reset_counts();
+    format(&count, &new).unwrap();
+    let (mut states, mut rng) = (0, Rng(7));
+    for stop in 0..=count.counts().events {
+        let pm = old.clone();
+        pm.reset_counts();
+        pm.stop_at(stop);
+        let _ = format(&pm, &new);
+        let lines = pm.unsafe_lines().len();
+        let subsets = if lines <= 10 { 1u64 << lines } else { 0 };
+        let images = (0..subsets).map(|kept| pm.crash_subset(kept, &mut Rng(kept)));
+        let images: Vec<_> = images
+            .chain((0..20).map(|_| pm.crash_torn(&mut rng)))
+            .collect();
+        for image in images {
+            states += 1;
+            match probe(&image) {
+                Err(Error::NotFormatted | Error::Damaged) => continue,
+                Err(error) => panic!("{error:?} at {stop}"),
+                Ok(found) if found.superblock.uuid == new.uuid => {
+                    let (store, report) = recover(image).unwrap();
+                    assert_eq!(report.records, 0);
+                    check(&store, &Model::default()).unwrap();
+                }
+                Ok(_) => {
+                    let (store, _) = recover(image).unwrap();
+                    check(&store, &old_model).unwrap();
+                }
+            }
+        }
+    }
+    println!("{states} states");
+}
+
+#[test]
+fn random_histories_with_crashes_keep_the_promise() {
+    let rounds = std::env::var("PMSKB_ROUNDS").map_or(60, |n| n.parse().unwrap());
+    let seed = std::env::var("PMSKB_SEED").map_or(42, |n| n.parse().unwrap());
+    let mut states = 0;
+    for round in 0..rounds {
+        let mut rng = Rng(seed + round);
+        let mut pm = formatted();
+        let mut model = Model::default();
+        for _ in 0..4 {
+            let (store, _) = recover(pm).unwrap();
+            store.pm().reset_counts();
+            store.pm().stop_at(rng.below(1500));
+            let mut driver = Driver::new(store);
+            driver.model = model;
+            for _ in 0..80 {
+                let key = format!("key-{}", rng.below(12)).into_bytes();
+                let (tag, len) = (rng.next(), rng.below(300) as usize + 16);
+                let op = match rng.below(10) {
+                    0..4 => Op::Put { key, tag, len },
+                    4 => Op::PutKeyExtent {
+                        key,
+                        tag,
+                        len: len * 30,
+                    },
+                    5 => Op::Append { tag, len },
+                    6..8 => Op::Delete { key },
+                    8 => Op::Commit,
+                    _ => Op::Sync,
+                };
+                if driver.run(&op).is_err() {
+                    break;
+                }
+            }
+            for _ in 0..4 {
+                let image = driver.store.pm().crash_torn(&mut rng);
+                states += check_image(image, &driver.model, &mut rng)
+                    .unwrap_or_else(|what| panic!("{what}\n  seed {}", seed + round));
+            }
+            // Goes on from one of them: what it holds is now the truth.
+            pm = driver.store.pm().crash_torn(&mut rng);
+            let (store, _) = recover(pm.clone()).unwrap();
+            model = driver.model;
+            check(&store, &model).unwrap();
+            settle(&store, &mut model);
+        }
+    }
+    println!("{states} states");
+}
+
+/// Narrows a model down to what the store holds.
+fn settle(store: &SimStore, model: &mut Model) {
+    let records = log_of(store);
+    let bytes: Vec<_> = records
+        .iter()
+        .map(|record| {
+            (
+                record.keyed().then(|| key_of(store, record)),
+                object_of(store, record),
+            )
+        })
+        .collect();
+    for (key, values) in &mut model.keys {
+        let now = bytes.iter().find(|(k, _)| k.as_ref() == Some(key));
+        let now = now.and_then(|(_, bytes)| {
+            let same = |value: &&(u64, usize)| bytes_of(value.0, value.1) == *bytes;
+            values.iter().flatten().find(same).copied()
+        });
+        *values = vec![now];
+    }
+    model.log.retain(|tag, (len, acknowledged)| {
+        *acknowledged = true;
+        bytes
+            .iter()
+            .any(|(key, bytes)| key.is_none() && bytes_of(*tag, *len) == *bytes)
+    });
+}
