@@ -5,10 +5,9 @@
 //! For administrators only (`CAP_SYS_ADMIN`): a store is as good as the region it takes.
 
 use crate::{
-    bindings as ext,
-    device, pm,
-    region,
+    bindings as ext, device, pm, region,
     store::{self, Store},
+    uapi::Plain,
     vma::Operations,
 };
 use kernel::{
@@ -78,21 +77,6 @@ impl PinnedDrop for Control {
     }
 }
 
-/// A structure of the interface.
-#[repr(transparent)]
-struct Plain<T>(T);
-
-// SAFETY: Integers only.
-unsafe impl FromBytes for Plain<ext::pmskb_format> {}
-// SAFETY: Integers only, without padding.
-unsafe impl AsBytes for Plain<ext::pmskb_format> {}
-// SAFETY: Integers only.
-unsafe impl FromBytes for Plain<ext::pmskb_attach> {}
-// SAFETY: Integers only, without padding.
-unsafe impl AsBytes for Plain<ext::pmskb_attach> {}
-// SAFETY: Integers only.
-unsafe impl FromBytes for Plain<ext::pmskb_detach> {}
-
 fn read<T>(arg: usize) -> Result<T>
 where
     Plain<T>: FromBytes,
@@ -109,6 +93,9 @@ where
     to.writer().write(&Plain(value))
 }
 
+/// # Safety
+///
+/// An ioctl of an open control file.
 unsafe extern "C" fn ioctl(_file: *mut bindings::file, cmd: c_uint, arg: c_ulong) -> c_long {
     from_result(|| {
         if !matches!(
@@ -139,7 +126,10 @@ fn format(arg: usize) -> Result {
     if args.flags & !known != 0 || args.reserved.iter().any(|word| *word != 0) {
         return Err(EINVAL);
     }
-    let heads = match (args.flags & ext::PMSKB_FORMAT_HEADS_DRAM != 0, args.head_bytes) {
+    let heads = match (
+        args.flags & ext::PMSKB_FORMAT_HEADS_DRAM != 0,
+        args.head_bytes,
+    ) {
         (true, 0) => pm::HeadArea::Dram,
         (true, _) => return Err(EINVAL),
         (false, 0) => pm::HeadArea::Default,
@@ -150,7 +140,7 @@ fn format(arg: usize) -> Result {
         unsafe { bindings::generate_random_uuid(args.uuid.as_mut_ptr()) };
     }
     // Up to the first NUL; nothing may follow it.
-    let label = args.label.map(|c| c as u8);
+    let label = args.label;
     let len = label.iter().position(|c| *c == 0).unwrap_or(label.len());
     let (label, rest) = label.split_at(len);
     if rest.iter().any(|c| *c != 0) {
@@ -227,4 +217,3 @@ fn attach_path(path: &[u8]) -> Result {
     let region = store::claim_path(path)?;
     store::attach(region, publish).map(|_| ())
 }
-

@@ -10,6 +10,7 @@ use crate::{
     pm::{self, FrameState, Pmem},
     region::PAGE,
     store::Store,
+    uapi::Plain,
     vma::{self, Operations},
 };
 use core::ptr;
@@ -21,7 +22,6 @@ use kernel::{
     iov::IovIterDest,
     prelude::*,
     sync::{Arc, ArcBorrow},
-    transmute::AsBytes,
     types::{ForeignOwnable, Opaque},
     uaccess::{UserPtr, UserSlice},
 };
@@ -63,11 +63,11 @@ impl Node {
                 };
                 // The NUL after each is there from the start.
                 for (to, from) in node.label.iter_mut().zip(&label) {
-                    *to = *from as _;
+                    *to = *from;
                 }
                 let mut digits = [0u8; 10];
                 for (to, from) in node.name.iter_mut().zip(name(minor, &mut digits)) {
-                    *to = from as _;
+                    *to = from;
                 }
                 node.misc = bindings::miscdevice {
                     minor: bindings::MISC_DYNAMIC_MINOR as c_int,
@@ -111,7 +111,9 @@ pub(crate) fn publish(store: &Arc<Store>) -> Result {
 pub(crate) fn unpublish(store: &Arc<Store>) {
     let node = {
         let mut nodes = NODES.lock();
-        let at = nodes.iter().position(|node| Arc::ptr_eq(&node.store, store));
+        let at = nodes
+            .iter()
+            .position(|node| Arc::ptr_eq(&node.store, store));
         at.and_then(|at| nodes.remove(at).ok())
     };
     // Without the lock: this waits for who reads its attributes.
@@ -181,6 +183,9 @@ unsafe fn store<'a>(file: *mut bindings::file) -> ArcBorrow<'a, Store> {
     unsafe { <Arc<Store> as ForeignOwnable>::borrow((*file).private_data) }
 }
 
+/// # Safety
+///
+/// The open of a node.
 unsafe extern "C" fn open(_inode: *mut bindings::inode, file: *mut bindings::file) -> c_int {
     from_result(|| {
         // SAFETY: `misc_open()` leaves the misc device there, which cannot be unregistered
@@ -196,6 +201,9 @@ unsafe extern "C" fn open(_inode: *mut bindings::inode, file: *mut bindings::fil
     })
 }
 
+/// # Safety
+///
+/// The last close of a file that [`open`] opened.
 unsafe extern "C" fn release(_inode: *mut bindings::inode, file: *mut bindings::file) -> c_int {
     // SAFETY: Put there by `open()`; this is its end.
     let store = unsafe { <Arc<Store> as ForeignOwnable>::from_foreign((*file).private_data) };
@@ -203,6 +211,9 @@ unsafe extern "C" fn release(_inode: *mut bindings::inode, file: *mut bindings::
     0
 }
 
+/// # Safety
+///
+/// A seek of an open file of ours.
 unsafe extern "C" fn llseek(file: *mut bindings::file, off: i64, whence: c_int) -> i64 {
     // SAFETY: An open file of ours.
     let len = unsafe { store(file) }.geometry().region_len;
@@ -245,13 +256,21 @@ fn part(store: &Store, off: u64, len: u64) -> Option<(Part, usize)> {
     Some((what, len))
 }
 
+/// # Safety
+///
+/// A read of an open file of ours.
 unsafe extern "C" fn read_iter(
     kiocb: *mut bindings::kiocb,
     iter: *mut bindings::iov_iter,
 ) -> isize {
     // SAFETY: A read of an open file of ours; both pointers are ours for the call.
-    let (store, kiocb, iter) =
-        unsafe { (store((*kiocb).ki_filp), &mut *kiocb, IovIterDest::from_raw(iter)) };
+    let (store, kiocb, iter) = unsafe {
+        (
+            store((*kiocb).ki_filp),
+            &mut *kiocb,
+            IovIterDest::from_raw(iter),
+        )
+    };
     let mut done = 0usize;
     let result = (|| {
         while !iter.is_empty() {
@@ -294,6 +313,9 @@ unsafe extern "C" fn read_iter(
     }
 }
 
+/// # Safety
+///
+/// A splice of an open file of ours; the caller holds the mutex of the pipe.
 unsafe extern "C" fn splice_read(
     file: *mut bindings::file,
     ppos: *mut i64,
@@ -355,6 +377,9 @@ unsafe extern "C" fn splice_read(
     }
 }
 
+/// # Safety
+///
+/// `vma` is being set up for an open file of ours.
 unsafe extern "C" fn mmap(file: *mut bindings::file, vma: *mut bindings::vm_area_struct) -> c_int {
     from_result(|| {
         // SAFETY: An open file of ours.
@@ -380,7 +405,11 @@ fn mappable(store: &Store, pgoff: u64, nr: u64) -> Option<usize> {
     store.region().pfn().checked_add(pgoff as usize)
 }
 
-/// A page's fault: the page, or a machine check to come, or SIGBUS.
+/// A page's fault: the page, or SIGBUS where there is none to map.
+///
+/// # Safety
+///
+/// A fault of one of our mappings.
 unsafe extern "C" fn fault(vmf: *mut bindings::vm_fault) -> bindings::vm_fault_t {
     // SAFETY: A fault of one of our mappings, whose file is open.
     let (store, pgoff) = unsafe {
@@ -405,6 +434,10 @@ fn is_bad(store: &Store, pgoff: u64) -> bool {
 }
 
 /// 2 MiB at once, where offset and memory are aligned to that and all of it is data.
+///
+/// # Safety
+///
+/// A fault of one of our mappings.
 unsafe extern "C" fn huge_fault(
     vmf: *mut bindings::vm_fault,
     order: c_uint,
@@ -422,7 +455,7 @@ unsafe extern "C" fn huge_fault(
         (store, at.pgoff, at.address, range.vm_start, range.vm_end)
     };
     let (base, within) = (address & !(HUGE - 1), (address & (HUGE - 1)) / PAGE);
-    let Some(first) = (pgoff as usize).checked_sub(within) else {
+    let Some(first) = pgoff.checked_sub(within) else {
         return fallback;
     };
     if base < start || base.checked_add(HUGE).is_none_or(|e| e > end) {
@@ -444,6 +477,9 @@ unsafe extern "C" fn huge_fault(
     }
 }
 
+/// # Safety
+///
+/// An ioctl of an open file of ours.
 unsafe extern "C" fn ioctl(file: *mut bindings::file, cmd: c_uint, arg: c_ulong) -> c_long {
     from_result(|| {
         // SAFETY: An open file of ours.
@@ -458,7 +494,11 @@ unsafe extern "C" fn ioctl(file: *mut bindings::file, cmd: c_uint, arg: c_ulong)
                 to.write(&info)?;
                 Ok(0)
             }
-            ext::pmskb_cmd_PMSKB_CMD_ATTACH_SOCKET | ext::pmskb_cmd_PMSKB_CMD_SUBMIT if !writable => Err(EACCES),
+            ext::pmskb_cmd_PMSKB_CMD_ATTACH_SOCKET | ext::pmskb_cmd_PMSKB_CMD_SUBMIT
+                if !writable =>
+            {
+                Err(EACCES)
+            }
             ext::pmskb_cmd_PMSKB_CMD_ATTACH_SOCKET => {
                 let fd = UserSlice::new(UserPtr::from_addr(arg), 4).reader().read()?;
                 attach_socket(store, fd)
@@ -477,10 +517,3 @@ fn attach_socket(store: Arc<Store>, fd: i32) -> Result<c_long> {
     crate::ulp::attach_fd(&store, fd)?;
     Ok(0)
 }
-
-/// A structure of the interface: integers without padding.
-#[repr(transparent)]
-pub(crate) struct Plain<T>(pub(crate) T);
-
-// SAFETY: Sizes in `uapi/linux/pmskb.h` are such that there is no padding (checked there).
-unsafe impl AsBytes for Plain<ext::pmskb_store_info> {}

@@ -34,8 +34,8 @@ static IDLE_HOOK: SetOnce<fn(&FrameArea, Frame)> = SetOnce::new();
 
 /// Sets what is called each time that reclaim finds a frame idle, whether it becomes free or
 /// stays held, and for each frame at detach: nobody looks at its page any more, and its notes can
-/// go. Any context, under the table's lock: it must not call back into [`FrameArea`] but for
-/// [`FrameArea::note`]. At module init, once.
+/// go. Any context, mostly under the table's lock: it must not call back into [`FrameArea`] but
+/// for [`FrameArea::note`]. At module init, once.
 pub(crate) fn set_idle_hook(hook: fn(&FrameArea, Frame)) {
     IDLE_HOOK.populate(hook);
 }
@@ -117,11 +117,6 @@ impl FrameArea {
         self.table.lock().state(frame)
     }
 
-    /// Looks at up to `budget` frames of limbo; how many became free.
-    pub(crate) fn reclaim(&self, budget: u32) -> u32 {
-        self.table.lock().reclaim(budget, |frame| self.idle(frame))
-    }
-
     /// The frame is never given out again.
     pub(crate) fn mark_bad(&self, frame: Frame) {
         let _ = self.table.lock().mark_bad(frame);
@@ -138,13 +133,8 @@ impl FrameArea {
         self.first.checked_add(at).map(Frame)
     }
 
-    /// The page of a frame. Any context. Follow it only while the store is live, or with a
-    /// reference.
-    pub(crate) fn page(&self, frame: Frame) -> Option<NonNull<bindings::page>> {
-        self.pages.page(self.index(frame)?)
-    }
-
-    /// Where a frame is mapped in the kernel, [`PAGE`] bytes. Any context. As [`Self::page`].
+    /// Where a frame is mapped in the kernel, [`PAGE`] bytes. Any context. Touch it only while the store
+    /// is live, or with a reference on its page.
     pub(crate) fn addr(&self, frame: Frame) -> Option<NonNull<u8>> {
         self.pages.addr(self.index(frame)?)
     }
@@ -168,17 +158,6 @@ impl FrameArea {
         self.pages.get(self.index(frame)?)
     }
 
-    /// Puts a reference that [`Self::get_page`] took and that nobody else got. Any context.
-    pub(crate) fn put_page(&self, page: NonNull<bindings::page>) {
-        // SAFETY: The caller has a reference, over the base reference.
-        unsafe { crate::bindings::pmskb_page_put(page.as_ptr()) };
-    }
-
-    /// References on a frame's page over the base reference.
-    pub(crate) fn users(&self, frame: Frame) -> u32 {
-        self.index(frame).map_or(0, |at| self.pages.users(at))
-    }
-
     /// A word for each frame that belongs to `note.rs`. Zero at attach. Any context.
     pub(crate) fn note(&self, frame: Frame) -> Option<&Atomic<usize>> {
         self.notes.get(self.index(frame)? as usize)
@@ -192,16 +171,19 @@ impl FrameArea {
     /// Drops all base references if all frames are idle; else how many are not. Process context;
     /// nobody may be taking new references.
     pub(crate) fn release(&self) -> Result<(), u32> {
-        let table = self.table.lock();
+        // Without the table's lock: there may be many. Reclaim finds no page idle any more.
         self.pages.release()?;
         if let Some(hook) = IDLE_HOOK.as_ref() {
             for at in 0..self.pages.count() {
-                if self.notes.get(at as usize).is_some_and(|n| n.load(Relaxed) != 0) {
+                if self
+                    .notes
+                    .get(at as usize)
+                    .is_some_and(|n| n.load(Relaxed) != 0)
+                {
                     hook(self, Frame(self.first + at));
                 }
             }
         }
-        drop(table);
         Ok(())
     }
 }

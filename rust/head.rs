@@ -16,15 +16,7 @@ use crate::{
     region::{Region, LINE, PAGE},
 };
 use core::ptr::NonNull;
-use kernel::{
-    c_str,
-    prelude::*,
-    static_lock_class,
-    sync::{
-        atomic::{Atomic, Relaxed},
-        Arc,
-    },
-};
+use kernel::{c_str, prelude::*, static_lock_class, sync::Arc};
 
 /// How many used pages are looked at before the answer is that there is none.
 const SEARCH: usize = 32;
@@ -81,9 +73,6 @@ pub(crate) struct HeadArea {
     cpus: KVec<Pin<KBox<SpinLockBh<Current>>>>,
     #[pin]
     queue: SpinLockBh<Queue>,
-    /// Heads given out, and requests that found no page, since attach.
-    made: Atomic<u64>,
-    failed: Atomic<u64>,
     pages: Pages,
 }
 
@@ -122,8 +111,6 @@ impl HeadArea {
             pin_init!(Self {
                 cpus,
                 queue <- lock::new(queue, c_str!("pmskb_heads"), static_lock_class!()),
-                made: Atomic::new(0),
-                failed: Atomic::new(0),
                 pages,
             }),
             GFP_KERNEL,
@@ -146,15 +133,11 @@ impl HeadArea {
             current.page = next;
             current.used = 0;
         }
-        let Some(page) = current.page else {
-            self.failed.add(1, Relaxed);
-            return None;
-        };
+        let page = current.page?;
         let addr = self.pages.addr(page)?;
         self.pages.get(page)?;
         let at = current.used;
         current.used += size;
-        self.made.add(1, Relaxed);
         // SAFETY: `at + size` is at most a page, and the page is mapped.
         let addr = unsafe { addr.add(at) };
         Some(HeadSlot { addr, size })
@@ -188,11 +171,6 @@ impl HeadArea {
     pub(crate) fn counts(&self) -> (u32, u32) {
         let total = self.pages.count();
         (total, total - self.pages.busy().min(total))
-    }
-
-    /// Heads given out, and requests that found no page, since attach.
-    pub(crate) fn made(&self) -> (u64, u64) {
-        (self.made.load(Relaxed), self.failed.load(Relaxed))
     }
 
     /// Pages with heads now. Process context.

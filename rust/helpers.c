@@ -673,7 +673,8 @@ void pmskb_net_reap_later(void)
 
 void pmskb_kfree_rcu_ctx(struct rcu_head *head, void *ctx)
 {
-	kvfree_call_rcu(head, ctx);
+	/* Its type of head changed its name in 7.3. */
+	kvfree_call_rcu((void *)head, ctx);
 }
 
 void pmskb_rcu_settle(void)
@@ -764,6 +765,8 @@ bool pmskb_is_tcp(const struct socket *sock)
 
 	return sk && sk_is_tcp(sk) && sk->sk_protocol == IPPROTO_TCP;
 }
+
+static_assert(PMSKB_TCP_CLOSE == TCP_CLOSE && PMSKB_TCP_LISTEN == TCP_LISTEN);
 
 u8 pmskb_sk_state(const struct sock *sk)
 {

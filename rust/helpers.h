@@ -116,6 +116,10 @@ struct pmskb_flow {
 	u16 local_port;
 };
 
+/* The constants of net/tcp_states.h, which some bindings have and some lack. */
+#define PMSKB_TCP_CLOSE 7
+#define PMSKB_TCP_LISTEN 10
+
 #define PMSKB_LAYOUT_NR 20
 /*
  * After source NAT at LOCAL_IN (100), which changes what a socket is looked up by; before

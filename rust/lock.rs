@@ -11,7 +11,7 @@ use kernel::{
     ffi::c_char,
     prelude::*,
     sync::{
-        lock::{Backend, Guard, Lock},
+        lock::{Backend, Lock},
         LockClassKey,
     },
 };
@@ -21,9 +21,6 @@ pub(crate) struct Bh;
 
 /// Data behind a spinlock that is held with bottom halves disabled.
 pub(crate) type SpinLockBh<T> = Lock<T, Bh>;
-
-/// Held [`SpinLockBh`].
-pub(crate) type SpinLockBhGuard<'a, T> = Guard<'a, T, Bh>;
 
 /// As `SpinLock::new`; `key` from `static_lock_class!()`.
 pub(crate) fn new<T>(
@@ -40,11 +37,7 @@ unsafe impl Backend for Bh {
     type State = bindings::spinlock_t;
     type GuardState = ();
 
-    unsafe fn init(
-        ptr: *mut Self::State,
-        name: *const c_char,
-        key: *mut bindings::lock_class_key,
-    ) {
+    unsafe fn init(ptr: *mut Self::State, name: *const c_char, key: *mut bindings::lock_class_key) {
         // SAFETY: `ptr` is valid for writes, `name` and `key` for ever, says the caller.
         unsafe { bindings::__spin_lock_init(ptr, name, key) }
     }
@@ -59,7 +52,7 @@ unsafe impl Backend for Bh {
         (unsafe { ext::pmskb_spin_trylock_bh(ptr) } != 0).then_some(())
     }
 
-    unsafe fn unlock(ptr: *mut Self::State, _: &()) {
+    unsafe fn unlock(ptr: *mut Self::State, (): &()) {
         // SAFETY: Held by the caller.
         unsafe { ext::pmskb_spin_unlock_bh(ptr) }
     }

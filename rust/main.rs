@@ -38,7 +38,7 @@ mod note;
 mod page;
 mod place;
 // What only the other host uses (readers, offline images) is no dead code of the core's.
-#[allow(dead_code, unused_imports)]
+#[allow(dead_code, unreachable_pub, unused_imports)]
 #[path = "core/mod.rs"]
 mod pm;
 mod receive;
@@ -99,7 +99,8 @@ fn errno(error: pm::Error) -> Error {
         pm::Error::NotFound => c::ENOENT,
         pm::Error::TooLong => c::ENAMETOOLONG,
         pm::Error::TooBig => c::EFBIG,
-        pm::Error::TooSmall | pm::Error::Invalid => c::EINVAL,
+        pm::Error::TooSmall => c::ENOSPC,
+        pm::Error::Invalid => c::EINVAL,
         pm::Error::Damaged => c::EUCLEAN,
         pm::Error::Version => c::EOPNOTSUPP,
         pm::Error::NotFormatted => c::EMEDIUMTYPE,

@@ -102,13 +102,12 @@ impl Pages {
 
     /// References on a page over the base reference; 0 if it is not one of these.
     pub(crate) fn users(&self, at: u32) -> u32 {
-        match self.page(at) {
-            // SAFETY: `based` is set, so the struct page exists.
-            Some(page) if self.based.load(Relaxed) => {
-                (unsafe { ext::pmskb_page_ref_count(page.as_ptr()) }).saturating_sub(1) as u32
-            }
-            _ => 0,
-        }
+        let Some(page) = self.page(at).filter(|_| self.based.load(Relaxed)) else {
+            return 0;
+        };
+        // SAFETY: `based` is set, so the struct page exists.
+        let count = unsafe { ext::pmskb_page_ref_count(page.as_ptr()) };
+        u32::try_from(count.saturating_sub(1)).unwrap_or(0)
     }
 
     /// Whether nobody but us can see a page; then runs `then` while nobody can take a reference.

@@ -17,7 +17,9 @@
 //!
 //! A segment that arrived alone and whose checksum the device found right tells its payload's
 //! sum by its headers ([`derive`]). The first ones of a socket, and then one in 64, are computed
-//! too; if they differ, that device's word is not taken any more ([`Distrusted`]).
+//! too; if they differ, that device's word is not taken any more ([`Distrusted`]). Where no device
+//! has looked, the sum is computed in the copy and held against the headers: the stack need not
+//! read the payload again, and the sum is the sender's as well. All else is computed.
 //!
 //! # Lock order
 //!
@@ -32,7 +34,7 @@ use crate::{
     skb::{
         self, Arriving, Facts, Fresh, Head, CHECKSUM_COMPLETE, CHECKSUM_NONE, CHECKSUM_UNNECESSARY,
     },
-    sock::{self, Family, Found, Tuple},
+    sock::{self, Family, Found, Net, Tuple},
     store::Store,
     ulp::Rx,
 };
@@ -281,8 +283,8 @@ static DISTRUSTED: Distrusted = Distrusted {
 };
 
 impl Distrusted {
-    fn key(net: *mut ext::net, ifindex: i32) -> u64 {
-        (net as u64 ^ (u64::from(ifindex as u32) << 40)) | 1
+    fn key(net: Net, ifindex: i32) -> u64 {
+        (net.addr() as u64 ^ (u64::from(ifindex as u32) << 40)) | 1
     }
 
     fn has(&self, key: u64) -> bool {
@@ -430,10 +432,16 @@ fn derive(skb: &Arriving<'_>, segment: &Segment, facts: &Facts) -> Sums {
 /// Time of a packet, and where it is from.
 pub(crate) fn stamp(facts: &Facts) -> (u64, u8) {
     if facts.hwtstamp != 0 {
-        return (facts.hwtstamp, ext::pmskb_time_source_PMSKB_TIME_HARDWARE as u8);
+        return (
+            facts.hwtstamp,
+            ext::pmskb_time_source_PMSKB_TIME_HARDWARE as u8,
+        );
     }
     if facts.tstamp != 0 {
-        return (facts.tstamp, ext::pmskb_time_source_PMSKB_TIME_SOFTWARE as u8);
+        return (
+            facts.tstamp,
+            ext::pmskb_time_source_PMSKB_TIME_SOFTWARE as u8,
+        );
     }
     // SAFETY: No requirements.
     let now = unsafe { ext::pmskb_now_real() };
@@ -468,7 +476,10 @@ fn place(
     rx: &mut Rx,
     work: &mut Work,
 ) -> Result<Note, Unplaced> {
-    if facts.readable == 0 || facts.fraglist_gso != 0 || facts.encapsulated != 0 || facts.shared != 0
+    if facts.readable == 0
+        || facts.fraglist_gso != 0
+        || facts.encapsulated != 0
+        || facts.shared != 0
     {
         return Err(Unplaced::SHAPE);
     }
@@ -513,6 +524,7 @@ fn place(
         work.computed_bytes = u64::from(segment.len);
     }
 
+    const DERIVED: u8 = ext::pmskb_csum_kind_PMSKB_CSUM_DERIVED as u8;
     const COMPUTED: u8 = ext::pmskb_csum_kind_PMSKB_CSUM_COMPUTED as u8;
     let mut verified = false;
     let (csum, kind) = match sums {
@@ -520,15 +532,20 @@ fn place(
         Sums::Unverified => {
             let headers = skb.front(segment.payload).unwrap_or(&[]);
             let transport = headers.get(segment.transport as usize..).unwrap_or(&[]);
-            // If it is wrong the stack finds out by itself, and counts it.
             verified = csum::payload_of(segment.pseudo(), transport) == sum;
-            (sum, COMPUTED)
+            if verified {
+                // It is the sender's as much as if a device had verified it.
+                (sum, DERIVED)
+            } else {
+                // The stack finds out by itself, and counts it.
+                (sum, COMPUTED)
+            }
         }
         Sums::Derived(known) | Sums::Hardware(known) if read && known != sum => {
             work.mismatch = true;
             (sum, COMPUTED)
         }
-        Sums::Derived(known) => (known, ext::pmskb_csum_kind_PMSKB_CSUM_DERIVED as u8),
+        Sums::Derived(known) => (known, DERIVED),
         Sums::Hardware(known) => (known, ext::pmskb_csum_kind_PMSKB_CSUM_HARDWARE as u8),
     };
     let (time, source) = stamp(facts);
@@ -606,7 +623,7 @@ fn body(
 }
 
 /// A packet at LOCAL_IN. Softirq, under RCU.
-fn arrived(skb: &mut Arriving<'_>, net: *mut ext::net, family: Family) {
+fn arrived(skb: &mut Arriving<'_>, net: Net, family: Family) {
     let Some(mut segment) = Segment::parse(skb, family) else {
         return;
     };
@@ -680,7 +697,7 @@ unsafe fn hook(
 ) -> c_uint {
     // SAFETY: As the caller says; it is ours until we return.
     if let (Some(mut skb), Some(state)) = unsafe { (Arriving::new(skb), state.as_ref()) } {
-        arrived(&mut skb, state.net, family);
+        arrived(&mut skb, Net::new(state.net), family);
     }
     ext::NF_ACCEPT
 }
@@ -719,7 +736,7 @@ unsafe extern "C" fn pmskb_hook_v6(
 
 /// A network namespace with our hooks.
 struct Hooked {
-    net: usize,
+    net: Net,
     users: Atomic<i32>,
 }
 
@@ -735,22 +752,22 @@ pub(crate) struct HookUse(Arc<Hooked>);
 impl HookUse {
     /// Registers the hooks, unless they are. Process context, sleeps, no socket locked; `net`
     /// stays, since a socket of it does.
-    pub(crate) fn get(net: *mut ext::net) -> Result<Self> {
+    pub(crate) fn get(net: Net) -> Result<Self> {
         let mut hooks = HOOKS.lock();
-        if let Some(hooked) = hooks.iter().find(|hooked| hooked.net == net as usize) {
+        if let Some(hooked) = hooks.iter().find(|hooked| hooked.net == net) {
             hooked.users.fetch_add(1, Full);
             return Ok(Self(hooked.clone()));
         }
         let hooked = Arc::new(
             Hooked {
-                net: net as usize,
+                net,
                 users: Atomic::new(1),
             },
             GFP_KERNEL,
         )?;
         hooks.reserve(1, GFP_KERNEL)?;
         // SAFETY: The caller's socket keeps the namespace.
-        to_result(unsafe { ext::pmskb_hooks_register(net) })?;
+        to_result(unsafe { ext::pmskb_hooks_register(net.raw()) })?;
         hooks.push(hooked.clone(), GFP_KERNEL)?;
         Ok(Self(hooked))
     }
@@ -780,8 +797,8 @@ extern "C" fn pmskb_net_reap() {
 
 /// A network namespace is going; no socket of it is left.
 #[no_mangle]
-extern "C" fn pmskb_net_gone(net: *mut ext::net) {
-    unhook(|hooked| hooked.net == net as usize);
+extern "C" fn pmskb_net_gone(net: *mut c_void) {
+    unhook(|hooked| hooked.net == Net::new(net));
 }
 
 fn unhook(mut which: impl FnMut(&Hooked) -> bool) {
@@ -790,7 +807,7 @@ fn unhook(mut which: impl FnMut(&Hooked) -> bool) {
         if which(hooked) {
             // SAFETY: It is still there: if it were going, `pmskb_net_gone` would have taken it off
             // the list before.
-            unsafe { ext::pmskb_hooks_unregister(hooked.net as *mut ext::net) };
+            unsafe { ext::pmskb_hooks_unregister(hooked.net.raw()) };
             return false;
         }
         true

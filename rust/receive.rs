@@ -120,7 +120,11 @@ impl Pass<'_> {
             Err(e) => {
                 // The hold is still ours.
                 let _ = area.unhold(held.frame);
-                return Err(if e == ENOMEM { errno(bindings::ENOBUFS) } else { e });
+                return Err(if e == ENOMEM {
+                    errno(bindings::ENOBUFS)
+                } else {
+                    e
+                });
             }
         };
         let len = u32::from(note.len);
@@ -314,7 +318,7 @@ pub(crate) unsafe fn recvmsg(
     // SAFETY: As the caller says.
     let mut locked = unsafe { Locked::new(sk) };
     let ctx = locked.ctx().ok_or(EIO)?;
-    if locked.state() == ext::TCP_LISTEN as u8 {
+    if locked.listens() {
         return Err(errno(bindings::ENOTCONN));
     }
     if locked.in_repair() {
@@ -355,7 +359,7 @@ pub(crate) unsafe fn recvmsg(
         }
         if done > 0 {
             let ended = locked.has_error()
-                || locked.state() == ext::TCP_CLOSE as u8
+                || locked.is_closed()
                 || locked.stopped()
                 || timeout == 0
                 || sock::interrupted(timeout).is_some();

@@ -448,7 +448,8 @@ impl Region {
             // SAFETY: As above.
             unsafe { ext::invalidate_bdev(bdev) };
             // SAFETY: `bdev` is open, the operations static.
-            let dax = unsafe { ext::fs_dax_get_by_bdev(bdev, &mut off, holder.0.as_ptr(), &HOLDER_OPS) };
+            let dax =
+                unsafe { ext::fs_dax_get_by_bdev(bdev, &mut off, holder.0.as_ptr(), &HOLDER_OPS) };
             // What remains is that it is going away, or that another holds it.
             let dax = NonNull::new(dax).ok_or(EBUSY)?;
             Ok((dax, off, len))
@@ -559,17 +560,18 @@ impl Region {
         }
         u32::try_from(pages).map_err(|_| EFBIG)?;
 
-        let mut bad = KVVec::new();
-        claim.find_bad(0, pages, &mut bad)?;
+        let mut refused = KVVec::new();
+        claim.find_bad(0, pages, &mut refused)?;
         // Not every driver looks, but memory that failed since boot is marked.
+        let mut bad = KVVec::new();
         for at in 0..pages {
             // SAFETY: There are struct pages.
             let poisoned = unsafe { ext::pmskb_page_is_poisoned(ext::pmskb_pfn_to_page(pfn + at)) };
-            if poisoned {
-                bad.push(u32::try_from(at)?, GFP_KERNEL)?;
+            let at = at as u32;
+            if poisoned || refused.binary_search(&at).is_ok() {
+                bad.push(at, GFP_KERNEL)?;
             }
         }
-        bad.sort_unstable();
 
         let base = NonNull::new(base).ok_or(EIO)?;
         let holder = claim.holder.take().ok_or(EIO)?;
@@ -599,11 +601,6 @@ impl Region {
     /// Whether the memory has gone, or is about to.
     pub(crate) fn is_removing(&self) -> bool {
         self.holder.0.is_removing()
-    }
-
-    /// Length in bytes.
-    pub(crate) fn len(&self) -> usize {
-        self.len
     }
 
     /// Length in pages.
@@ -726,9 +723,7 @@ impl pm::Pmem for Region {
         let from = self.range(off, to.len())?;
         let len = u32::try_from(to.len()).map_err(|_| pm::Error::Invalid)?;
         // SAFETY: Both are valid for that many bytes. A machine check is recovered from.
-        let left = unsafe {
-            bindings::copy_mc_to_kernel(to.as_mut_ptr().cast(), from.cast(), len)
-        };
+        let left = unsafe { bindings::copy_mc_to_kernel(to.as_mut_ptr().cast(), from.cast(), len) };
         if left != 0 {
             return Err(pm::Error::Io);
         }

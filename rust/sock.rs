@@ -45,6 +45,42 @@ pub(crate) struct Flow {
     pub(crate) local_port: u16,
 }
 
+/// A network namespace, by address.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Net(*mut c_void);
+
+// SAFETY: An address; whoever follows it knows that the namespace is there.
+unsafe impl Send for Net {}
+// SAFETY: As above.
+unsafe impl Sync for Net {}
+
+impl Net {
+    /// From C's pointer, whichever bindings it came by.
+    pub(crate) fn new<T>(net: *mut T) -> Self {
+        Self(net.cast())
+    }
+
+    /// The namespace of a socket.
+    ///
+    /// # Safety
+    ///
+    /// `sk` is a valid full socket.
+    pub(crate) unsafe fn of(sk: NonNull<ext::sock>) -> Self {
+        // SAFETY: As the caller says.
+        Self::new(unsafe { ext::pmskb_sock_net(sk.as_ptr()) })
+    }
+
+    /// C's pointer.
+    pub(crate) fn raw<T>(self) -> *mut T {
+        self.0.cast()
+    }
+
+    /// The address, to tell namespaces apart.
+    pub(crate) fn addr(self) -> usize {
+        self.0 as usize
+    }
+}
+
 /// What a lookup needs of a segment, as on the wire.
 pub(crate) struct Tuple {
     pub(crate) family: Family,
@@ -62,13 +98,13 @@ pub(crate) struct Found(NonNull<ext::sock>);
 
 impl Found {
     /// Looks in the established table. Softirq, under RCU.
-    pub(crate) fn established(net: *mut ext::net, tuple: &Tuple) -> Option<Self> {
+    pub(crate) fn established(net: Net, tuple: &Tuple) -> Option<Self> {
         let sport = tuple.src_port.to_be();
         // SAFETY: `net` is the hook's, RCU is held, the addresses are as long as the family's.
         let sk = unsafe {
             match tuple.family {
                 Family::V4 => ext::__inet_lookup_established(
-                    net,
+                    net.raw(),
                     v4(&tuple.src),
                     sport,
                     v4(&tuple.dst),
@@ -77,7 +113,7 @@ impl Found {
                     tuple.sdif,
                 ),
                 Family::V6 => ext::__inet6_lookup_established(
-                    net,
+                    net.raw(),
                     tuple.src.as_ptr().cast(),
                     sport,
                     tuple.dst.as_ptr().cast(),
@@ -112,19 +148,14 @@ fn v4(addr: &[u8; 16]) -> u32 {
 
 /// The listener that a segment is for; without a reference, valid under RCU. `doff` is the length
 /// of the TCP header. Softirq, under RCU.
-pub(crate) fn listener(
-    net: *mut ext::net,
-    skb: &Arriving<'_>,
-    tuple: &Tuple,
-    doff: u32,
-) -> *mut ext::sock {
+pub(crate) fn listener(net: Net, skb: &Arriving<'_>, tuple: &Tuple, doff: u32) -> *mut ext::sock {
     let sport = tuple.src_port.to_be();
     // SAFETY: As in `Found::established`. A program that selects among SO_REUSEPORT sockets is
     // shown the skb, whose transport header is linear.
     unsafe {
         match tuple.family {
             Family::V4 => ext::__inet_lookup_listener(
-                net,
+                net.raw(),
                 skb.as_ptr(),
                 doff as c_int,
                 v4(&tuple.src),
@@ -135,7 +166,7 @@ pub(crate) fn listener(
                 tuple.sdif,
             ),
             Family::V6 => ext::inet6_lookup_listener(
-                net,
+                net.raw(),
                 skb.as_ptr(),
                 doff as c_int,
                 tuple.src.as_ptr().cast(),
@@ -196,10 +227,6 @@ impl<'a> Locked<'a> {
         }
     }
 
-    pub(crate) fn as_ptr(&self) -> *mut ext::sock {
-        self.sk.as_ptr()
-    }
-
     fn raw(&self) -> &ext::sock {
         // SAFETY: By the type invariants.
         unsafe { self.sk.as_ref() }
@@ -231,10 +258,19 @@ impl<'a> Locked<'a> {
         }
     }
 
-    /// `TCP_*` state.
-    pub(crate) fn state(&self) -> u8 {
+    fn state(&self) -> u32 {
         // SAFETY: By the type invariants.
-        unsafe { ext::pmskb_sk_state(self.sk.as_ptr()) }
+        u32::from(unsafe { ext::pmskb_sk_state(self.sk.as_ptr()) })
+    }
+
+    /// It is listening.
+    pub(crate) fn listens(&self) -> bool {
+        self.state() == ext::PMSKB_TCP_LISTEN
+    }
+
+    /// It is not connected, or not any more.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.state() == ext::PMSKB_TCP_CLOSE
     }
 
     /// Sequence number of the next byte to be received by the application.
@@ -281,7 +317,7 @@ impl<'a> Locked<'a> {
         if self.stopped() {
             return Some(Ok(0));
         }
-        if self.state() == ext::TCP_CLOSE as u8 {
+        if self.is_closed() {
             // Never connected.
             return Some(Err(errno(bindings::ENOTCONN)));
         }
@@ -330,6 +366,9 @@ impl<'a> Locked<'a> {
         struct Arg<'b> {
             actor: &'b mut dyn FnMut(&Queued<'_>, u32, u32) -> Result<u32>,
         }
+        /// # Safety
+        ///
+        /// For `tcp_read_sock()`, with the descriptor below.
         unsafe extern "C" fn shim(
             desc: *mut bindings::read_descriptor_t,
             skb: *mut bindings::sk_buff,
@@ -342,7 +381,9 @@ impl<'a> Locked<'a> {
                 let arg = (*desc).arg.data.cast::<Arg<'_>>();
                 (&mut *arg, Queued::new(skb))
             };
-            let len = u32::try_from(len).unwrap_or(u32::MAX).min(c_int::MAX as u32);
+            let len = u32::try_from(len)
+                .unwrap_or(u32::MAX)
+                .min(c_int::MAX as u32);
             let Some(queued) = queued else {
                 return 0;
             };
@@ -474,7 +515,10 @@ impl OptVal {
     }
 
     /// Reads a value at `off`. `EINVAL` if there are fewer bytes, `EFAULT`.
-    pub(crate) fn read_at<T: kernel::transmute::FromBytes + Default>(&self, off: usize) -> Result<T> {
+    pub(crate) fn read_at<T: kernel::transmute::FromBytes + Default>(
+        &self,
+        off: usize,
+    ) -> Result<T> {
         let size = core::mem::size_of::<T>();
         if off.checked_add(size).is_none_or(|end| end > self.len) {
             return Err(EINVAL);

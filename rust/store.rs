@@ -340,7 +340,7 @@ impl Store {
         label.copy_from_slice(&self.label);
         Ok(ext::pmskb_store_info {
             uuid: self.uuid,
-            label: label.map(|c| c as _),
+            label,
             minor: self.minor,
             flags: 0,
             region_len: geo.region_len,
@@ -406,7 +406,10 @@ impl Store {
         while let Err(busy) = self.release() {
             flush_deferred();
             if waited % 10_000 == 0 && waited != 0 {
-                pr_warn!("pmskb{}: device removed, {busy} pages still in use\n", self.minor);
+                pr_warn!(
+                    "pmskb{}: device removed, {busy} pages still in use\n",
+                    self.minor
+                );
             }
             sleep_ms(50);
             waited = waited.saturating_add(50);
@@ -453,7 +456,10 @@ fn failed(holder: &Arc<Holder>, failure: Failure) {
             let Some((first, count)) = store.region.overlap(offset, len) else {
                 return;
             };
-            pr_err!("pmskb{}: media error in {count} pages from page {first}\n", store.minor);
+            pr_err!(
+                "pmskb{}: media error in {count} pages from page {first}\n",
+                store.minor
+            );
             for page in first..first.saturating_add(count) {
                 store.frames.mark_bad(pm::Frame(page));
             }
@@ -626,7 +632,10 @@ pub(crate) fn detach(minor: u32, timeout_ms: u32, unpublish: impl FnOnce(&Arc<St
                 break;
             }
             if left == 0 {
-                pr_info!("pmskb{minor}: not detached: {} pages in use\n", store.busy());
+                pr_info!(
+                    "pmskb{minor}: not detached: {} pages in use\n",
+                    store.busy()
+                );
                 return back(EBUSY);
             }
             let now = left.min(20);

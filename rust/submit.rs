@@ -118,7 +118,7 @@ fn submit(
     clear_results(header.results, nr)?;
     store.submits.add(1);
 
-    let mut ops = read_ops(&header, nr)?;
+    let mut ops = read_ops(&caller, &header, nr)?;
     for op in ops.iter_mut() {
         if op.result.0.res == 0 {
             let resolved = resolve(store, &mut caller, op);
@@ -151,7 +151,11 @@ fn write_results(ptr: u64, ops: &[Op]) -> Result {
 }
 
 /// Phase 1. Fails if the array cannot be read; what is wrong with one operation is its result.
-fn read_ops(header: &ext::pmskb_submit, nr: usize) -> Result<KVVec<Op>> {
+fn read_ops(
+    caller: &Caller<'_, '_>,
+    header: &ext::pmskb_submit,
+    nr: usize,
+) -> Result<KVVec<Op>> {
     let size = nr * size_of::<ext::pmskb_op>();
     let mut reader = UserSlice::new(UserPtr::from_addr(header.ops as usize), size).reader();
     let mut ops = KVVec::with_capacity(nr, GFP_KERNEL)?;
@@ -168,7 +172,11 @@ fn read_ops(header: &ext::pmskb_submit, nr: usize) -> Result<KVVec<Op>> {
             meta: pm::Meta::default(),
             result: Plain::default(),
         };
-        match op.read(&raw, &mut left) {
+        let named = match caller {
+            Caller::Socket(_) if raw.fd != -1 => Err(EINVAL),
+            _ => op.read(&raw, &mut left),
+        };
+        match named {
             Err(error) if error == ENOMEM => return Err(error),
             read => op.fail_if(read),
         }
@@ -589,9 +597,8 @@ fn finish(store: &Arc<Store>, caller: &mut Caller<'_, '_>, op: &mut Op) {
     }
 }
 
-/// Calls `then` with the socket that an operation names, locked. `EINVAL` if it names one where it
-/// must not, `EXDEV` if it is attached to another store, else the errors of
-/// [`ulp::with_attached`].
+/// Calls `then` with the socket that an operation names, locked. `EXDEV` if it is attached to
+/// another store, else the errors of [`ulp::with_attached`].
 fn with_socket<T>(
     store: &Arc<Store>,
     caller: &mut Caller<'_, '_>,
@@ -599,8 +606,7 @@ fn with_socket<T>(
     then: impl FnOnce(&mut Attached<'_>) -> Result<T>,
 ) -> Result<T> {
     match caller {
-        Caller::Socket(socket) if fd == -1 => then(socket),
-        Caller::Socket(_) => Err(EINVAL),
+        Caller::Socket(socket) => then(socket),
         Caller::Store => ulp::with_attached(fd, |socket| {
             if !Arc::ptr_eq(socket.store(), store) {
                 return Err(errno(bindings::EXDEV));

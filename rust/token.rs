@@ -12,6 +12,7 @@ use crate::{
     frame::{Frame, FrameArea},
     note::Note,
     region::PAGE,
+    sock::errno,
 };
 use kernel::{bindings, prelude::*};
 
@@ -26,18 +27,6 @@ pub(crate) struct Held {
     /// The frame; one of its holds is the token's.
     pub(crate) frame: Frame,
     /// The bytes, `note.offset` and `note.len` in the frame, and what is known of them.
-    pub(crate) note: Note,
-}
-
-/// A part of what a token holds, as a put needs it.
-#[derive(Clone, Copy)]
-pub(crate) struct Piece {
-    /// The frame.
-    pub(crate) frame: Frame,
-    /// Byte offset of the part in the region.
-    pub(crate) offset: u64,
-    /// What is known of the part: its `offset`, `len`, `seq` and `pkt_off` are the part's, the
-    /// checksum is that of the packet's whole payload.
     pub(crate) note: Note,
 }
 
@@ -86,7 +75,8 @@ impl Tokens {
         let mut slots = KVVec::from_elem(EMPTY, size, GFP_KERNEL_ACCOUNT)?;
         for old in &self.slots {
             // Two that differ in the low bits of the small table differ in those of the large one.
-            if let (Some(_), Some(slot)) = (&old.held, slots.get_mut(old.token as usize & (size - 1)))
+            if let (Some(_), Some(slot)) =
+                (&old.held, slots.get_mut(old.token as usize & (size - 1)))
             {
                 *slot = *old;
             }
@@ -123,52 +113,31 @@ impl Tokens {
         Err(Error::from_errno(-(bindings::ENOBUFS as i32)))
     }
 
-    /// What a token holds. `ENOENT` if it is not one of this socket's.
+    /// What a token holds. `ESTALE` if it is not one of this socket's.
     pub(crate) fn get(&self, token: u32) -> Result<&Held> {
         self.slot(token)
             .and_then(|at| self.slots.get(at))
             .filter(|slot| slot.token == token)
             .and_then(|slot| slot.held.as_ref())
-            .ok_or(ENOENT)
-    }
-
-    /// A part of what a token holds, `offset` and `len` within its extent.
-    ///
-    /// `ENOENT` if it is not one of this socket's, `EINVAL` if `len` is 0, `ERANGE` if the part is
-    /// not within the extent.
-    pub(crate) fn resolve(&self, token: u32, offset: u32, len: u32) -> Result<Piece> {
-        let held = self.get(token)?;
-        if len == 0 {
-            return Err(EINVAL);
-        }
-        let end = offset.checked_add(len).ok_or(ERANGE)?;
-        if end > u32::from(held.note.len) {
-            return Err(ERANGE);
-        }
-        let note = held.note.part(offset, len);
-        Ok(Piece {
-            frame: held.frame,
-            offset: held.frame.off() + u64::from(note.offset),
-            note,
-        })
+            .ok_or(errno(bindings::ESTALE))
     }
 
     /// Takes a token out. Its hold is the caller's then, who gives it back or makes it a record's.
     ///
-    /// `ENOENT` if it is not one of this socket's.
-    pub(crate) fn take(&mut self, token: u32) -> Result<Held> {
-        let at = self.slot(token).ok_or(ENOENT)?;
+    /// `ESTALE` if it is not one of this socket's.
+    fn take(&mut self, token: u32) -> Result<Held> {
+        let at = self.slot(token).ok_or(errno(bindings::ESTALE))?;
         let slot = self
             .slots
             .get_mut(at)
             .filter(|slot| slot.token == token)
-            .ok_or(ENOENT)?;
-        let held = slot.held.take().ok_or(ENOENT)?;
+            .ok_or(errno(bindings::ESTALE))?;
+        let held = slot.held.take().ok_or(errno(bindings::ESTALE))?;
         self.count -= 1;
         Ok(held)
     }
 
-    /// Releases one token. `ENOENT` if it is not one of this socket's.
+    /// Releases one token. `ESTALE` if it is not one of this socket's.
     pub(crate) fn release(&mut self, area: &FrameArea, token: u32) -> Result {
         let held = self.take(token)?;
         area.unhold(held.frame).map(|_| ())

@@ -34,10 +34,10 @@ use crate::{
     lock::{self, SpinLockBh},
     place::{Cursor, HookUse},
     receive,
-    sock::{errno, Flow, Locked, OptVal, SocketFile},
+    sock::{errno, Flow, Locked, Net, OptVal, SocketFile},
     store::{Counters, Store},
     submit,
-    token::{Held, Piece, Tokens},
+    token::{Held, Tokens},
 };
 use core::{
     cell::UnsafeCell,
@@ -421,20 +421,12 @@ impl Attached<'_> {
         self.locked.flow()
     }
 
-    /// A part of what a token holds. Errors as [`Tokens::resolve`].
-    pub(crate) fn resolve(&mut self, token: u32, offset: u32, len: u32) -> Result<Piece> {
-        self.ctx
-            .own(&mut self.locked)
-            .tokens
-            .resolve(token, offset, len)
-    }
-
-    /// What a token holds. `ENOENT`.
+    /// What a token holds. `ESTALE`.
     pub(crate) fn get(&mut self, token: u32) -> Result<Held> {
         self.ctx.own(&mut self.locked).tokens.get(token).copied()
     }
 
-    /// Gives a token back. `ENOENT` if the socket does not have it.
+    /// Gives a token back. `ESTALE` if the socket does not have it.
     pub(crate) fn release(&mut self, token: u32) -> Result {
         let own = self.ctx.own(&mut self.locked);
         own.tokens.release(self.store.frames(), token)?;
@@ -445,19 +437,9 @@ impl Attached<'_> {
     /// Gives back what exists of `count` tokens from `first`; how many.
     pub(crate) fn release_range(&mut self, first: u32, count: u32) -> u32 {
         let own = self.ctx.own(&mut self.locked);
-        let released = own
-            .tokens
-            .release_range(self.store.frames(), first, count);
+        let released = own.tokens.release_range(self.store.frames(), first, count);
         self.ctx.tokens_changed(own);
         released
-    }
-
-    /// Takes a token out: its hold is the caller's then. `ENOENT`.
-    pub(crate) fn take(&mut self, token: u32) -> Result<Held> {
-        let own = self.ctx.own(&mut self.locked);
-        let held = own.tokens.take(token)?;
-        self.ctx.tokens_changed(own);
-        Ok(held)
     }
 }
 
@@ -538,7 +520,7 @@ pub(crate) fn attach_fd(store: &Arc<Store>, fd: i32) -> Result {
 unsafe fn attach(sk: NonNull<ext::sock>, store: &Arc<Store>) -> Result {
     // Before the socket's lock: registering sleeps on locks under which others lock sockets.
     // SAFETY: As the caller says.
-    let hooks = HookUse::get(unsafe { ext::pmskb_sock_net(sk.as_ptr()) })?;
+    let hooks = HookUse::get(unsafe { Net::of(sk) })?;
     // SAFETY: As the caller says.
     let mut locked = unsafe { Locked::new(sk) };
     let ctx = locked.ctx().ok_or(EBUSY)?;
@@ -575,7 +557,11 @@ unsafe fn set_option(sk: NonNull<ext::sock>, name: u32, value: &OptVal) -> Resul
             let ctx = locked.ctx().ok_or(errno(bindings::EUNATCH))?;
             let own = ctx.own(&mut locked);
             if mode == ext::pmskb_rx_mode_PMSKB_RX_DESC && own.store.is_none() {
-                return Err(if own.lost { EIO } else { errno(bindings::EUNATCH) });
+                return Err(if own.lost {
+                    EIO
+                } else {
+                    errno(bindings::EUNATCH)
+                });
             }
             ctx.mode.store(mode, Relaxed);
             Ok(0)
@@ -590,17 +576,22 @@ unsafe fn set_option(sk: NonNull<ext::sock>, name: u32, value: &OptVal) -> Resul
             }
             // SAFETY: As the caller says.
             let mut attached = unsafe { attached(sk)? };
-            let mut released = 0u32;
+            // All are read, and checked, before anything is released.
+            let mut ranges = KVec::with_capacity(value.len() / SIZE, GFP_KERNEL)?;
             for at in (0..value.len()).step_by(SIZE) {
                 let first = value.read_at::<u32>(at)?;
                 let count = value.read_at::<u32>(at + 4)?;
                 if count == 0 {
                     return Err(EINVAL);
                 }
+                ranges.push((first, count), GFP_KERNEL)?;
+            }
+            let mut released = 0u32;
+            for (first, count) in ranges {
                 released += attached.release_range(first, count);
             }
             if released == 0 {
-                return Err(ENOENT);
+                return Err(errno(bindings::ESTALE));
             }
             Ok(released as c_int)
         }
@@ -657,6 +648,11 @@ const _: () = assert!(
 
 // ---- what TCP calls ----
 
+/// The socket, which is locked, becomes ours.
+///
+/// # Safety
+///
+/// For `tcp_set_ulp()`.
 unsafe extern "C" fn ulp_init(sk: *mut ext::sock) -> c_int {
     from_result(|| {
         let sk = NonNull::new(sk).ok_or(EINVAL)?;
@@ -683,6 +679,10 @@ unsafe extern "C" fn ulp_init(sk: *mut ext::sock) -> c_int {
 
 /// The socket is being destroyed: nobody uses it any more but lookups that came too late. Any
 /// context but hard interrupts.
+///
+/// # Safety
+///
+/// For `tcp_cleanup_ulp()`.
 unsafe extern "C" fn ulp_release(sk: *mut ext::sock) {
     // SAFETY: `tcp_cleanup_ulp()` calls this with a TCP socket that has our upper layer protocol.
     // The context is freed after a grace period; nobody but us finds it any more.
@@ -703,6 +703,10 @@ unsafe extern "C" fn ulp_release(sk: *mut ext::sock) {
 }
 
 /// A connection was accepted by a socket of ours. Softirq mostly.
+///
+/// # Safety
+///
+/// For `inet_csk_clone_lock()`.
 unsafe extern "C" fn ulp_clone(
     _req: *const ext::request_sock,
     newsk: *mut ext::sock,
@@ -726,7 +730,7 @@ unsafe extern "C" fn ulp_clone(
             None => {
                 // No memory, or the listener is being closed: a plain TCP socket.
                 ext::pmskb_ulp_forget(newsk, base(family));
-                ext::pmskb_module_put(crate::THIS_MODULE.as_ptr());
+                ext::pmskb_module_put(crate::this_module());
             }
         }
     }
@@ -753,6 +757,11 @@ fn child(sk: NonNull<ext::sock>, parent: &Ctx) -> Result<*mut Ctx> {
     Ok(raw)
 }
 
+/// What `ss -ti` is told, beside the name.
+///
+/// # Safety
+///
+/// For the socket diagnosing code.
 unsafe extern "C" fn ulp_info(
     sk: *mut ext::sock,
     skb: *mut bindings::sk_buff,
@@ -775,11 +784,19 @@ unsafe extern "C" fn ulp_info(
     }
 }
 
+/// How much room [`ulp_info`] needs.
+///
+/// # Safety
+///
+/// For the socket diagnosing code.
 unsafe extern "C" fn ulp_info_size(_sk: *const ext::sock, _admin: bool) -> usize {
     // SAFETY: Arithmetic.
     unsafe { ext::pmskb_nla_size(core::mem::size_of::<ext::pmskb_sock_info>() as c_int) }
 }
 
+/// # Safety
+///
+/// As `proto.close` is called.
 unsafe extern "C" fn proto_close<const FAMILY: usize>(sk: *mut ext::sock, timeout: c_long) {
     if let Some(sk) = NonNull::new(sk) {
         // SAFETY: The last descriptor is being closed; TCP has not locked the socket.
@@ -797,6 +814,9 @@ unsafe extern "C" fn proto_close<const FAMILY: usize>(sk: *mut ext::sock, timeou
     }
 }
 
+/// # Safety
+///
+/// As `proto.setsockopt` is called.
 unsafe extern "C" fn proto_setsockopt<const FAMILY: usize>(
     sk: *mut ext::sock,
     level: c_int,
@@ -820,6 +840,9 @@ unsafe extern "C" fn proto_setsockopt<const FAMILY: usize>(
     })
 }
 
+/// # Safety
+///
+/// As `proto.getsockopt` is called.
 unsafe extern "C" fn proto_getsockopt<const FAMILY: usize>(
     sk: *mut ext::sock,
     level: c_int,
@@ -848,6 +871,9 @@ unsafe extern "C" fn proto_getsockopt<const FAMILY: usize>(
     })
 }
 
+/// # Safety
+///
+/// As `proto.recvmsg` is called.
 unsafe extern "C" fn proto_recvmsg<const FAMILY: usize>(
     sk: *mut ext::sock,
     msg: *mut bindings::msghdr,
@@ -907,7 +933,7 @@ impl Registered {
                 get_info: Some(ulp_info),
                 get_info_size: Some(ulp_info_size),
                 name,
-                owner: crate::THIS_MODULE.as_ptr(),
+                owner: crate::this_module(),
                 ..Default::default()
             };
         }
@@ -942,7 +968,7 @@ fn fill<const FAMILY: usize>() {
     unsafe {
         ptr::copy_nonoverlapping(base(FAMILY), proto.get(), 1);
         let proto = &mut *proto.get();
-        proto.owner = crate::THIS_MODULE.as_ptr();
+        proto.owner = crate::this_module();
         proto.close = Some(proto_close::<FAMILY>);
         proto.recvmsg = Some(proto_recvmsg::<FAMILY>);
         proto.setsockopt = Some(proto_setsockopt::<FAMILY>);

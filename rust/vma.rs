@@ -7,12 +7,7 @@
 
 use crate::{bindings as ext, region::PAGE_SHIFT};
 use core::ptr::{self, NonNull};
-use kernel::{
-    bindings, c_str,
-    error::from_err_ptr,
-    ffi::c_ulong,
-    prelude::*,
-};
+use kernel::{bindings, c_str, error::from_err_ptr, ffi::c_ulong, prelude::*};
 
 /// Operations of the file that keeps the inode: none, but it keeps the module.
 static FOPS: Operations<bindings::file_operations> = Operations(bindings::file_operations {
