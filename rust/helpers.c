@@ -821,3 +821,13 @@ void pmskb_ulp_forget(struct sock *sk, struct proto *prot)
 	inet_csk(sk)->icsk_ulp_ops = NULL;
 	WRITE_ONCE(sk->sk_prot, prot);
 }
+
+void pmskb_migrate_disable(void)
+{
+	migrate_disable();
+}
+
+void pmskb_migrate_enable(void)
+{
+	migrate_enable();
+}

@@ -177,6 +177,8 @@ int pmskb_hooks_register(struct net *net);
 void pmskb_hooks_unregister(struct net *net);
 void pmskb_kfree_rcu_ctx(struct rcu_head *head, void *ctx);
 void pmskb_layout(u32 *out);
+void pmskb_migrate_disable(void);
+void pmskb_migrate_enable(void);
 void pmskb_rcu_settle(void);
 u32 pmskb_wsum_add(u32 sum, u32 next, int offset);
 void pmskb_skb_queued_facts(struct sk_buff *skb, struct pmskb_skb_facts *f);

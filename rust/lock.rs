@@ -6,6 +6,7 @@
 //! bottom halves off while they hold one. The kernel crate's `SpinLock` does not.
 
 use crate::bindings as ext;
+use core::marker::PhantomData;
 use kernel::{
     bindings,
     ffi::c_char,
@@ -60,5 +61,28 @@ unsafe impl Backend for Bh {
     unsafe fn assert_is_held(ptr: *mut Self::State) {
         // SAFETY: Initialised, says the caller.
         unsafe { bindings::spin_assert_is_held(ptr) }
+    }
+}
+
+/// While it lives, the task stays on its CPU (it may be preempted, and sleep).
+///
+/// A fence waits for the write-backs that its own CPU has started: flushes and the fence after
+/// them must not be on two CPUs.
+pub(crate) struct SameCpu(PhantomData<*const ()>);
+
+impl SameCpu {
+    /// Process context.
+    pub(crate) fn new() -> Self {
+        // SAFETY: In process context; undone when it is dropped, by the same task: the type is not
+        // `Send`.
+        unsafe { ext::pmskb_migrate_disable() };
+        Self(PhantomData)
+    }
+}
+
+impl Drop for SameCpu {
+    fn drop(&mut self) {
+        // SAFETY: Done in `new`, by this task.
+        unsafe { ext::pmskb_migrate_enable() };
     }
 }

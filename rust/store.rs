@@ -26,6 +26,7 @@ use crate::{
     bindings as ext,
     frame::FrameArea,
     head::HeadArea,
+    lock::SameCpu,
     pm,
     region::{Failure, Holder, Media, Region},
     vma::Mappings,
@@ -193,6 +194,7 @@ impl Drop for Entered<'_> {
 /// The core's store, locked, of a store that was live.
 pub(crate) struct CoreGuard<'a> {
     // In this order: the lock goes before the right to touch the memory.
+    _cpu: SameCpu,
     core: MutexGuard<'a, Option<Core>>,
     _entered: Entered<'a>,
 }
@@ -269,6 +271,7 @@ impl Store {
         let entered = self.enter()?;
         let core = self.core.lock();
         Ok(CoreGuard {
+            _cpu: SameCpu::new(),
             core,
             _entered: entered,
         })
@@ -488,6 +491,7 @@ pub(crate) fn format(
     force: bool,
 ) -> Result<pm::Superblock> {
     let _admin = ADMIN.lock();
+    let _cpu = SameCpu::new();
     if region.is_removing() {
         return Err(ENODEV);
     }
@@ -543,8 +547,10 @@ pub(crate) fn attach<T>(
         read_only: probe.read_only,
     };
     let media = Media(region.clone());
-    let (core, report) =
-        Core::recover(media, frames.clone(), work, options).map_err(crate::errno)?;
+    let (core, report) = {
+        let _cpu = SameCpu::new();
+        Core::recover(media, frames.clone(), work, options).map_err(crate::errno)?
+    };
     let mappings = Mappings::new()?;
     let store = Arc::pin_init(
         pin_init!(Store {
@@ -647,6 +653,7 @@ pub(crate) fn detach(minor: u32, timeout_ms: u32, unpublish: impl FnOnce(&Arc<St
     unpublish(&store);
     if let Some(core) = store.core.lock().take() {
         if !dead {
+            let _cpu = SameCpu::new();
             let (closed, _, _, _) = core.close();
             if closed.is_err() {
                 pr_err!("pmskb{minor}: error on detach\n");
