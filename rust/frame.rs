@@ -100,6 +100,16 @@ impl FrameArea {
         self.table.lock().alloc(near, |frame| self.idle(frame))
     }
 
+    /// Looks at every frame in limbo once, so that the numbers are right. Process context.
+    pub(crate) fn reclaim_all(&self) {
+        let mut left = self.counts().limbo;
+        while left > 0 {
+            let now = left.min(256);
+            self.table.lock().reclaim(now, |frame| self.idle(frame));
+            left -= now;
+        }
+    }
+
     /// One more hold. Any context but hard interrupts. `EINVAL` if the frame is free or not of
     /// this store.
     pub(crate) fn hold(&self, frame: Frame) -> Result {

@@ -334,6 +334,8 @@ impl Store {
     pub(crate) fn info(&self) -> Result<ext::pmskb_store_info> {
         let mut core = self.core()?;
         let stats = core.get()?.stats();
+        // Nothing says when the stack lets go of a frame.
+        self.frames.reclaim_all();
         let counts = self.frames.counts();
         let (heads_total, heads_free) = self.heads.as_ref().map_or((0, 0), |h| h.counts());
         let (lines, fences) = self.region.written_back();

@@ -321,7 +321,7 @@ impl<B: Buf> FrameTable<B> {
     }
 
     /// A free frame, now Owned with one hold: the one after `near` if that is
-    /// free, else the next one. Reclaims from limbo when there is none; `idle`
+    /// free, else the next one. Reclaims from limbo, a bounded number; `idle`
     /// says whether nobody outside looks at a frame's page any more (in the
     /// kernel: `page_ref_freeze()` succeeds).
     pub fn alloc(
@@ -329,9 +329,10 @@ impl<B: Buf> FrameTable<B> {
         near: Option<Frame>,
         mut idle: impl FnMut(Frame) -> bool,
     ) -> Option<Frame> {
-        if self.counts.free < self.counts.total / 64 + 1 {
-            self.reclaim(32, &mut idle);
-        }
+        // A little each time, so that frames come back while their lines are still
+        // in a cache; more when they are needed.
+        let short = self.counts.free < self.counts.total / 64 + 1;
+        self.reclaim(if short { 32 } else { 2 }, &mut idle);
         if self.counts.free == 0 {
             self.reclaim(256, &mut idle);
         }

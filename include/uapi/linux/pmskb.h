@@ -381,7 +381,7 @@ struct pmskb_detach {
  * @frames_total: data frames
  * @frames_free: of them, free now
  * @frames_meta: of them, in use for records, extent lists and the index
- * @frames_record: of them, held by records' payload
+ * @frames_record: of them, held by records' payload, by tokens, or being filled
  * @frames_limbo: of them, waiting until the stack lets go
  * @frames_bad: of them, never used because of media errors
  * @heads_total: frames of the head area
