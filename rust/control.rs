@@ -176,8 +176,14 @@ fn attach(arg: usize) -> Result {
         return Err(EINVAL);
     }
     let region = store::claim(args.fd)?;
-    (args.minor, args.uuid) = store::attach(region, publish)?;
-    write(arg, args)
+    let (minor, uuid) = store::attach(region, publish)?;
+    (args.minor, args.uuid) = (minor, uuid);
+    // Whoever is not told which store it is has none.
+    write(arg, args).inspect_err(|_| {
+        if store::detach(minor, 0, device::unpublish).is_err() {
+            pr_info!("pmskb{minor}: attached, but its caller was not told\n");
+        }
+    })
 }
 
 /// `PMSKB_IOC_DETACH`.

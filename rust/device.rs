@@ -352,7 +352,7 @@ unsafe extern "C" fn splice_read(
                     break;
                 }
             };
-            let page = store.frames().get_page(frame).ok_or(EIO)?;
+            let page = store.frames().get_any_page(frame).ok_or(EIO)?;
             // SAFETY: The reference goes with the page, whatever the answer.
             let ret = unsafe {
                 ext::pmskb_splice_page(

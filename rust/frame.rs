@@ -122,6 +122,12 @@ impl FrameArea {
         self.table.lock().unhold(frame).map_err(crate::errno)
     }
 
+    /// The owner lets go of a frame: with that its notes may go too, whoever still holds it. Any
+    /// context but hard interrupts.
+    pub(crate) fn leave(&self, frame: Frame) -> Result<u32> {
+        self.table.lock().leave(frame).map_err(crate::errno)
+    }
+
     /// State and holds of a frame of this store. Any context but hard interrupts.
     pub(crate) fn state(&self, frame: Frame) -> Option<(FrameState, u32)> {
         self.table.lock().state(frame)
@@ -161,9 +167,18 @@ impl FrameArea {
         Some((frame, (offset % PAGE as u64) as usize))
     }
 
-    /// Takes a reference on a frame's page, as an skb's fragment or a pipe's buffer has one.
-    /// Whoever has it puts it as any page's. Any context; the store must be live
-    /// (`Store::is_live()` under RCU, or `Store::enter()`).
+    /// Takes a reference on the page of any frame, held or not, as a pipe's buffer has one. Whoever
+    /// has it puts it as any page's. Any context but hard interrupts; the store must be live.
+    pub(crate) fn get_any_page(&self, frame: Frame) -> Option<NonNull<bindings::page>> {
+        // Reclaim freezes the count of an idle frame for a moment, and would overwrite what is
+        // counted meanwhile. It does so under this lock.
+        let _table = self.table.lock();
+        self.pages.get(self.index(frame)?)
+    }
+
+    /// Takes a reference on the page of a frame that the caller owns: one which is not in limbo, so
+    /// that reclaim does not look at it. Whoever has it puts it as any page's. Any context; the
+    /// store must be live (`Store::is_live()` under RCU, or `Store::enter()`).
     pub(crate) fn get_page(&self, frame: Frame) -> Option<NonNull<bindings::page>> {
         self.pages.get(self.index(frame)?)
     }

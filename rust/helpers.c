@@ -33,6 +33,7 @@ static_assert(PMSKB_BLK_OPEN_RW == (__force u32)(BLK_OPEN_READ | BLK_OPEN_WRITE)
 
 void pmskb_wmb(void)
 {
+	/* Orders the write-backs before it: sfence. */
 	wmb();
 }
 
@@ -523,6 +524,7 @@ void *pmskb_ulp_data(const struct sock *sk)
 void pmskb_ulp_install(struct sock *sk, struct proto *prot, void *data)
 {
 	write_lock_bh(&sk->sk_callback_lock);
+	/* Pairs with READ_ONCE() in pmskb_ulp_data(), after the read of sk_prot. */
 	smp_store_release(&inet_csk(sk)->icsk_ulp_data, data);
 	/* Pairs with the reads of sk_prot without the socket lock. */
 	smp_store_release(&sk->sk_prot, prot);
@@ -531,11 +533,13 @@ void pmskb_ulp_install(struct sock *sk, struct proto *prot, void *data)
 
 void pmskb_ulp_data_set(struct sock *sk, void *data)
 {
+	/* Pairs with pmskb_ulp_data(): the context is filled. */
 	smp_store_release(&inet_csk(sk)->icsk_ulp_data, data);
 }
 
 const struct proto *pmskb_sk_prot(const struct sock *sk)
 {
+	/* Pairs with pmskb_ulp_install(). */
 	return smp_load_acquire(&sk->sk_prot);
 }
 

@@ -58,10 +58,12 @@ struct pmskb_node {
 	u8 uuid[16];
 	char label[33];
 };
+
 const struct attribute_group **pmskb_node_groups(void);
 u64 pmskb_now(void);
 bool pmskb_signal_pending(void);
 int pmskb_flush_deferred_skbs(void);
+
 enum pmskb_cmd {
 	PMSKB_CMD_FORMAT = PMSKB_IOC_FORMAT,
 	PMSKB_CMD_ATTACH = PMSKB_IOC_ATTACH,
@@ -70,6 +72,7 @@ enum pmskb_cmd {
 	PMSKB_CMD_ATTACH_SOCKET = PMSKB_IOC_ATTACH_SOCKET,
 	PMSKB_CMD_SUBMIT = PMSKB_IOC_SUBMIT,
 };
+
 const char *pmskb_attach_param(void);
 
 /* Sockets and packets. */

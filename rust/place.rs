@@ -175,7 +175,7 @@ impl Cursor {
     pub(crate) fn release(&mut self, area: &FrameArea) {
         if let Some(frame) = self.frame.take() {
             // It has our hold.
-            let _ = area.unhold(frame);
+            let _ = area.leave(frame);
         }
         *self = Self::new();
     }
@@ -248,7 +248,7 @@ impl Cursor {
                 self.notes += 1;
             } else {
                 if let Some(full) = self.frame.replace(span.frame) {
-                    let _ = area.unhold(full);
+                    let _ = area.leave(full);
                 }
                 self.notes = 1;
             }

@@ -576,7 +576,14 @@ pub(crate) fn attach<T>(
         GFP_KERNEL,
     )?;
     STORES.lock().push(store.clone(), GFP_KERNEL)?;
-    let published = publish(&store).inspect_err(|_| forget(&store))?;
+    let published = publish(&store).inspect_err(|_| {
+        forget(&store);
+        if let Some(core) = store.core.lock().take() {
+            let _cpu = SameCpu::new();
+            // Nothing was staged; whatever it answers, the store is as it was.
+            let _ = core.close();
+        }
+    })?;
     // Like a mounted file system: the module stays while there is a store.
     // SAFETY: We are running in it.
     unsafe { bindings::__module_get(crate::this_module()) };
@@ -602,7 +609,7 @@ fn forget(store: &Arc<Store>) {
 
 /// Detaches a store. `unpublish` removes its device. Process context.
 ///
-/// `ENODEV` if there is no such store; `EBUSY` while it has open files or attached sockets, while
+/// `ENODEV` if there is no such store; `EINTR`; `EBUSY` while it has open files or attached sockets, while
 /// its device is being removed, or if frames are still in use after `timeout_ms`.
 pub(crate) fn detach(minor: u32, timeout_ms: u32, unpublish: impl FnOnce(&Arc<Store>)) -> Result {
     let _admin = ADMIN.lock();
@@ -628,8 +635,9 @@ pub(crate) fn detach(minor: u32, timeout_ms: u32, unpublish: impl FnOnce(&Arc<St
     if store.files.load(Relaxed) > 0 || store.sockets.load(Relaxed) > 0 {
         return back(EBUSY);
     }
+    // A dead store's, too: whoever dropped a reference in a softirq was not the last.
+    store.wait_for_users();
     if !dead {
-        store.wait_for_users();
         let mut left = match timeout_ms {
             0 => DETACH_MS,
             ms => ms.min(DETACH_MAX_MS),
@@ -645,6 +653,9 @@ pub(crate) fn detach(minor: u32, timeout_ms: u32, unpublish: impl FnOnce(&Arc<St
                     store.busy()
                 );
                 return back(EBUSY);
+            }
+            if kernel::current!().signal_pending() {
+                return back(EINTR);
             }
             let now = left.min(20);
             sleep_ms(now);

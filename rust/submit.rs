@@ -38,10 +38,8 @@ use kernel::{
 /// Most extents in one array, over all its operations: bounds the memory that a call takes.
 const MAX_EXTENTS: usize = ext::PMSKB_MAX_EXTENTS as usize;
 /// Flags that each operation may have.
-const PUT_FLAGS: u32 = ext::PMSKB_OP_CREATE
-    | ext::PMSKB_OP_REPLACE
-    | ext::PMSKB_OP_KEEP
-    | ext::PMSKB_OP_KEY_EXTENTS;
+const PUT_FLAGS: u32 =
+    ext::PMSKB_OP_CREATE | ext::PMSKB_OP_REPLACE | ext::PMSKB_OP_KEEP | ext::PMSKB_OP_KEY_EXTENTS;
 
 /// Whose tokens an array may name.
 enum Caller<'a, 'b> {
@@ -102,11 +100,7 @@ pub(crate) fn ioctl(store: &Arc<Store>, arg: UserPtr) -> Result {
 ///
 /// `EINVAL` bad header, `E2BIG` too many operations, `EFAULT` bad array, `ENOMEM`, `EIO` store
 /// gone. Each operation's own errno is in its result.
-fn submit(
-    store: &Arc<Store>,
-    mut caller: Caller<'_, '_>,
-    header: ext::pmskb_submit,
-) -> Result {
+fn submit(store: &Arc<Store>, mut caller: Caller<'_, '_>, header: ext::pmskb_submit) -> Result {
     if header.nr == 0 || header.flags != 0 || header.reserved != 0 {
         return Err(EINVAL);
     }
@@ -151,11 +145,7 @@ fn write_results(ptr: u64, ops: &[Op]) -> Result {
 }
 
 /// Phase 1. Fails if the array cannot be read; what is wrong with one operation is its result.
-fn read_ops(
-    caller: &Caller<'_, '_>,
-    header: &ext::pmskb_submit,
-    nr: usize,
-) -> Result<KVVec<Op>> {
+fn read_ops(caller: &Caller<'_, '_>, header: &ext::pmskb_submit, nr: usize) -> Result<KVVec<Op>> {
     let size = nr * size_of::<ext::pmskb_op>();
     let mut reader = UserSlice::new(UserPtr::from_addr(header.ops as usize), size).reader();
     let mut ops = KVVec::with_capacity(nr, GFP_KERNEL)?;
@@ -231,7 +221,12 @@ impl Op {
                 if matches!(key, Key::None) && mode != pm::PutMode::Upsert {
                     return Err(EINVAL);
                 }
-                let len: u64 = self.exts.iter().take(self.object).map(|e| u64::from(e.0.len)).sum();
+                let len: u64 = self
+                    .exts
+                    .iter()
+                    .take(self.object)
+                    .map(|e| u64::from(e.0.len))
+                    .sum();
                 if len > pm::MAX_OBJECT {
                     return Err(EFBIG);
                 }
@@ -304,7 +299,12 @@ impl Op {
             return Err(errno(bindings::ENAMETOOLONG));
         }
         self.read_exts(raw.key, len, left)?;
-        let bytes: u64 = self.exts.iter().skip(self.object).map(|e| u64::from(e.0.len)).sum();
+        let bytes: u64 = self
+            .exts
+            .iter()
+            .skip(self.object)
+            .map(|e| u64::from(e.0.len))
+            .sum();
         if bytes > u64::from(ext::PMSKB_MAX_KEY) {
             return Err(errno(bindings::ENAMETOOLONG));
         }
@@ -471,7 +471,10 @@ fn compose(store: &Store, op: &mut Op, now: u64) -> Result {
     let _inside = store.enter()?;
     let region: &Region = store.region();
     let gathered = match &op.action {
-        Action::Put { key: Key::Pieces, .. } | Action::Delete { key: Key::Pieces } => {
+        Action::Put {
+            key: Key::Pieces, ..
+        }
+        | Action::Delete { key: Key::Pieces } => {
             gather(region, op.pieces.get(op.object..).unwrap_or_default())?
         }
         _ => None,

@@ -250,6 +250,11 @@ impl Ctx {
             rx.hooks = Some(hooks);
         }
         SOCKETS.add(self);
+        // A removal that began meanwhile may have gone through the list before.
+        if !store.is_live() {
+            self.let_go(own);
+            return Err(EIO);
+        }
         Ok(())
     }
 

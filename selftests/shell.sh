@@ -46,6 +46,8 @@ need_dax() { [ -e "${PMSKB_DEV_DAX:-/nonexistent}" ] || skip "PMSKB_DEV_DAX is n
 
 # attached PROGRAM...: on attached sockets.
 attached() { LD_PRELOAD=$PWD/preload.so PMSKB_STORE=$store "$@"; }
+# The same in the background, so that $! is the program.
+attached_server() { exec env LD_PRELOAD="$PWD/preload.so" PMSKB_STORE="$store" "$@"; }
 
 wait_for_port() {
 	local k
@@ -77,7 +79,7 @@ socat_transfer_arrives_whole() {
 	have socat || skip "there is no socat"
 	attach "$PMSKB_DEV_PMEM"
 	blob
-	attached socat -u TCP-LISTEN:7001,reuseaddr,bind=127.0.0.1 "CREATE:$tmp/out" &
+	attached_server socat -u TCP-LISTEN:7001,reuseaddr,bind=127.0.0.1 "CREATE:$tmp/out" &
 	local server=$!
 	wait_for_port 7001
 	socat -u "FILE:$tmp/blob" TCP:127.0.0.1:7001 || fail "the client failed"
@@ -92,7 +94,7 @@ socat_over_ipv6_and_fsdev_arrives_whole() {
 	have socat || skip "there is no socat"
 	attach "$PMSKB_DEV_DAX"
 	blob
-	attached socat -u 'TCP6-LISTEN:7002,reuseaddr,bind=[::1]' "CREATE:$tmp/out" &
+	attached_server socat -u 'TCP6-LISTEN:7002,reuseaddr,bind=[::1]' "CREATE:$tmp/out" &
 	local server=$!
 	wait_for_port 7002
 	socat -u "FILE:$tmp/blob" 'TCP6:[::1]:7002' || fail "the client failed"
@@ -128,13 +130,13 @@ iperf3_runs_both_ways() {
 	need_pmem
 	have iperf3 || skip "there is no iperf3"
 	attach "$PMSKB_DEV_PMEM"
-	attached iperf3 -s -p 7004 -B 127.0.0.1 -1 >"$tmp/server" 2>&1 &
+	attached_server iperf3 -s -p 7004 -B 127.0.0.1 -1 >"$tmp/server" 2>&1 &
 	local server=$!
 	wait_for_port 7004
 	iperf3 -c 127.0.0.1 -p 7004 -n "${mb}M" -P 2 >"$tmp/client" 2>&1 || { sed 's/^/# /' "$tmp/client"; fail "iperf3 failed"; }
 	wait "$server"
 	was_placed $((mb << 20))
-	attached iperf3 -s -p 7005 -B 127.0.0.1 -1 >"$tmp/server" 2>&1 &
+	attached_server iperf3 -s -p 7005 -B 127.0.0.1 -1 >"$tmp/server" 2>&1 &
 	server=$!
 	wait_for_port 7005
 	iperf3 -c 127.0.0.1 -p 7005 -n "${mb}M" -R >"$tmp/client" 2>&1 || { sed 's/^/# /' "$tmp/client"; fail "iperf3 -R failed"; }
@@ -154,8 +156,7 @@ builtin() { [ ! -e /sys/module/pmskb/refcnt ]; }
 
 the_module_unloads_and_loads() {
 	builtin && skip "the module is built in"
-	local k
-	for k in 1 2 3; do
+	for _ in 1 2 3; do
 		unload || { sed 's/^/# /' "$tmp/rmmod"; fail "rmmod"; }
 		[ ! -e /dev/pmskb ] || fail "/dev/pmskb is still there"
 		load
@@ -180,7 +181,7 @@ unloading_with_an_attached_socket_is_refused() {
 	builtin && skip "the module is built in"
 	have socat || skip "there is no socat"
 	attach "$PMSKB_DEV_PMEM"
-	attached socat -u TCP-LISTEN:7006,reuseaddr,bind=127.0.0.1 /dev/null &
+	attached_server socat -u TCP-LISTEN:7006,reuseaddr,bind=127.0.0.1 /dev/null &
 	local server=$!
 	wait_for_port 7006
 	if unload; then fail "the module was unloaded under a socket"; fi
@@ -196,12 +197,11 @@ time_wait_sockets_do_not_keep_the_module_nor_crash_without_it() {
 	builtin && skip "the module is built in"
 	have socat || skip "there is no socat"
 	attach "$PMSKB_DEV_PMEM"
-	local k
-	attached socat -U TCP-LISTEN:7007,reuseaddr,bind=127.0.0.1,fork SYSTEM:'echo bye' 2>/dev/null &
+	attached_server socat -U TCP-LISTEN:7007,reuseaddr,bind=127.0.0.1,fork SYSTEM:'echo bye' 2>/dev/null &
 	local server=$!
 	wait_for_port 7007
 	# The server closes first: TIME_WAIT is with sockets that were attached.
-	for k in $(seq 50); do socat -u TCP:127.0.0.1:7007 - >/dev/null 2>&1; done
+	for _ in $(seq 50); do socat -u TCP:127.0.0.1:7007 - >/dev/null 2>&1; done
 	kill "$server"
 	wait "$server" 2>/dev/null
 	echo "# $(ss -Htan state time-wait 'sport = :7007' | wc -l) in TIME_WAIT"
@@ -252,7 +252,7 @@ a_raw_namespace_is_refused() {
 	ctl format --force "$dev" >"$tmp/raw" 2>&1
 	st=$?
 	ndctl create-namespace -f -e "$ns" -m fsdax -M mem >/dev/null 2>&1 || fail "cannot make it fsdax again"
-	[ $st != 0 ] || fail "a raw namespace was formatted"
+	[ "$st" != 0 ] || fail "a raw namespace was formatted"
 	grep -qi 'not supported\|EOPNOTSUPP' "$tmp/raw" || { sed 's/^/# /' "$tmp/raw"; fail "no EOPNOTSUPP"; }
 }
 
@@ -260,14 +260,14 @@ a_dax_device_of_the_other_driver_is_refused() {
 	need_dax
 	local name=${PMSKB_DEV_DAX##*/} d=/sys/bus/dax/drivers st
 	[ -e "$d/fsdev_dax/$name" ] || skip "$name is not bound to fsdev_dax"
-	echo "$name" >$d/fsdev_dax/unbind || fail "unbind"
-	echo "$name" >$d/device_dax/bind 2>/dev/null || echo "$name" >$d/device_dax/new_id
+	echo "$name" >"$d"/fsdev_dax/unbind || fail "unbind"
+	echo "$name" >"$d"/device_dax/bind 2>/dev/null || echo "$name" >"$d"/device_dax/new_id
 	sleep 1
 	ctl format --force "$PMSKB_DEV_DAX" >"$tmp/dev" 2>&1
 	st=$?
-	echo "$name" >$d/device_dax/unbind
-	echo "$name" >$d/fsdev_dax/bind 2>/dev/null || echo "$name" >$d/fsdev_dax/new_id
-	[ $st != 0 ] || fail "it was formatted"
+	echo "$name" >"$d"/device_dax/unbind
+	echo "$name" >"$d"/fsdev_dax/bind 2>/dev/null || echo "$name" >"$d"/fsdev_dax/new_id
+	[ "$st" != 0 ] || fail "it was formatted"
 	grep -qi 'protocol driver not attached\|EUNATCH' "$tmp/dev" || { sed 's/^/# /' "$tmp/dev"; fail "no EUNATCH"; }
 }
 

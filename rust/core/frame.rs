@@ -381,6 +381,18 @@ impl<B: Buf> FrameTable<B> {
         Ok(holds)
     }
 
+    /// The owner of a frame lets go of it: [`unhold`](Self::unhold), and the frame
+    /// enters limbo even if others hold it, so that it is looked at once more.
+    pub fn leave(&mut self, frame: Frame) -> Result<u32> {
+        let holds = self.unhold(frame)?;
+        let index = self.index(frame)?;
+        if self.entry(index).state() == FrameState::Owned {
+            self.change(index, FrameState::Limbo);
+            self.push_limbo(index);
+        }
+        Ok(holds)
+    }
+
     /// At recovery: the frame is in use. One hold more, even if it was free.
     pub fn claim(&mut self, frame: Frame) -> Result<()> {
         let index = self.index(frame)?;

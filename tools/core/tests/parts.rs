@@ -242,3 +242,24 @@ fn every_region_size_is_laid_out_or_refused() {
         }
     }
 }
+
+#[test]
+fn what_its_owner_leaves_is_looked_at_once_though_others_hold_it() {
+    let words = FrameTable::<Vec<u64>>::words(64);
+    let mut table = FrameTable::new(vec![0; words], Frame(512), 64).unwrap();
+    let frame = table.alloc(None, |_| true).unwrap();
+    // A record holds it, and then gives it up: its owner still fills it.
+    table.hold(frame).unwrap();
+    table.unhold(frame).unwrap();
+    assert_eq!(table.state(frame), Some((FrameState::Owned, 1)));
+    table.hold(frame).unwrap();
+    assert_eq!(table.leave(frame), Ok(1));
+    let mut asked = 0;
+    let idle = |_| {
+        asked += 1;
+        true
+    };
+    assert_eq!(table.reclaim(8, idle), 0);
+    assert_eq!(asked, 1);
+    assert_eq!(table.state(frame), Some((FrameState::Held, 1)));
+}

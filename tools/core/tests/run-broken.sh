@@ -6,7 +6,8 @@
 cd "$(dirname "$0")/.." || exit 1
 export CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-../target}/broken"
 missed=0
-for what in ${*:-payload_flush fence1 record_flush fence2 kill_flush map_flush header_flush list_flush}; do
+[ $# -gt 0 ] || set -- payload_flush fence1 record_flush fence2 kill_flush map_flush header_flush list_flush
+for what in "$@"; do
 	if ! PMSKB_BREAK="$what" cargo test --quiet --release --test crash --no-run; then
 		echo "$what: does not build"
 		exit 1
