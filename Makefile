@@ -39,6 +39,10 @@ demo:
 	@$(LAB) build
 	@tools/demo/demo
 
+bite:
+	@$(LAB) build
+	@tools/demo/bite
+
 test lint:
 	@$(LAB) $@
 
@@ -51,6 +55,7 @@ help:
 	@echo 'In the lab (as root, on Debian 12 or 13; fetches what it needs, all in build/):'
 	@echo '  make             the module and the tools'
 	@echo '  make demo        PUTs over a real NIC, a power cut, and every object found again'
+	@echo '  make bite        the demo with one write-back or fence taken out: it must fail'
 	@echo '  make test        every check; ends with "N passed, N failed"'
 	@echo '  make lint        rustfmt, clippy, checkpatch, shellcheck'
 	@echo '  make vm          a shell in a virtual machine with a store attached'
@@ -68,7 +73,7 @@ help:
 	@echo
 	@echo 'More: README.md, tools/lab/README.md'
 
-.PHONY: all root kernel module tools selftests docs rootfs vm demo test lint clean distclean help
+.PHONY: all root kernel module tools selftests docs rootfs vm demo bite test lint clean distclean help
 endif
 
 endif

@@ -332,10 +332,17 @@ impl Store {
 
     /// All about the store, as user space sees it. Process context.
     pub(crate) fn info(&self) -> Result<ext::pmskb_store_info> {
-        let mut core = self.core()?;
-        let stats = core.get()?.stats();
-        // Nothing says when the stack lets go of a frame.
-        self.frames.reclaim_all();
+        {
+            let _inside = self.enter()?;
+            // Nothing says when the stack lets go of a frame.
+            self.frames.reclaim_all();
+            if self.frames.counts().limbo > 0 {
+                // What idle CPUs have freed, but not yet given back.
+                flush_deferred();
+                self.frames.reclaim_all();
+            }
+        }
+        let stats = self.core()?.get()?.stats();
         let counts = self.frames.counts();
         let (heads_total, heads_free) = self.heads.as_ref().map_or((0, 0), |h| h.counts());
         let (lines, fences) = self.region.written_back();

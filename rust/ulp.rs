@@ -38,6 +38,7 @@ use crate::{
     store::{Counters, Store},
     submit,
     token::{Held, Tokens},
+    uapi::Plain,
 };
 use core::{
     cell::UnsafeCell,
@@ -638,18 +639,6 @@ fn put<T: AsBytes>(to: UserPtr, room: usize, value: &T) -> Result<usize> {
     UserSlice::new(to, size).writer().write(value)?;
     Ok(size)
 }
-
-/// A structure of the user interface.
-#[repr(transparent)]
-struct Plain<T>(T);
-
-// SAFETY: 8 times 32 bits, then 64-bit numbers: no padding.
-unsafe impl AsBytes for Plain<ext::pmskb_sock_info> {}
-const _: () = assert!(
-    core::mem::size_of::<ext::pmskb_sock_info>()
-        == 16 + core::mem::size_of::<ext::pmskb_counters>()
-        && core::mem::size_of::<ext::pmskb_counters>() == 8 * 16
-);
 
 // ---- what TCP calls ----
 

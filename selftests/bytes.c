@@ -105,7 +105,7 @@ TEST_F_TIMEOUT(bytes, a_long_stream_of_random_sizes_arrives_whole, 300)
 
 		conn_close(&self->c);
 		EXPECT_EQ(0, store_back(&self->s, 5000, &info));
-		EXPECT_EQ(self->s.info.frames_free, info.frames_free);
+		EXPECT_GE(info.frames_free + STORE_SLACK, self->s.info.frames_free);
 	}
 }
 

@@ -235,8 +235,8 @@ int store_back(const struct store *s, int ms, struct pmskb_store_info *info)
 
 		if (err && err != -ETIMEDOUT)
 			return err;
-		if (!err && !info->sockets && info->frames_free == s->info.frames_free &&
-		    info->heads_free == s->info.heads_free)
+		if (!err && !info->sockets && info->frames_free + STORE_SLACK >= s->info.frames_free &&
+		    info->heads_free + STORE_SLACK >= s->info.heads_free)
 			return 0;
 		if (ms <= 0)
 			return -ETIMEDOUT;

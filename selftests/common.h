@@ -68,7 +68,12 @@ void store_let_go(struct store *s);
 int store_info(const struct store *s, struct pmskb_store_info *info);
 /* Waits until no frame is held by a token any more; limbo counts as free in info. */
 int store_quiet(const struct store *s, int ms, struct pmskb_store_info *info);
-/* Waits until all frames and heads are free that were when it was attached, and no socket is. */
+/*
+ * Waits until all frames and heads are free that were when it was attached, and
+ * no socket is. All but a few: freed packets stay on lists of the CPUs until
+ * something happens there. It is detach that is exact.
+ */
+#define STORE_SLACK 128
 int store_back(const struct store *s, int ms, struct pmskb_store_info *info);
 
 /* ---- network ---- */

@@ -50,8 +50,7 @@ attached() { LD_PRELOAD=$PWD/preload.so PMSKB_STORE=$store "$@"; }
 attached_server() { exec env LD_PRELOAD="$PWD/preload.so" PMSKB_STORE="$store" "$@"; }
 
 wait_for_port() {
-	local k
-	for k in $(seq 100); do
+	for _ in $(seq 100); do
 		ss -Htln "sport = :$1" 2>/dev/null | grep -q . && return
 		sleep 0.1
 	done
