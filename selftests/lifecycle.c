@@ -215,6 +215,41 @@ TEST_F_TIMEOUT(life, detach_is_ebusy_while_a_pipe_has_frames_and_fine_when_it_is
 	self->s.minor = ~0U;
 }
 
+static void nothing(int sig)
+{
+	(void)sig;
+}
+
+TEST_F_TIMEOUT(life, waiting_in_detach_ends_with_a_signal_and_the_store_goes_on, 60)
+{
+	struct sigaction sa = { .sa_handler = nothing };
+	struct net net = { variant->family, variant->link };
+	struct pmskb_store_info info;
+	struct timespec t0, t1;
+	struct conn c;
+	int pipes[2];
+	char byte;
+
+	/* Something that keeps it waiting. */
+	ASSERT_EQ(0, conn_make(&c, &net, self->s.fd, HOW_LISTENER_OPT));
+	ASSERT_EQ(0, pipe(pipes));
+	ASSERT_EQ(0, send_all(c.c, "x", 1));
+	ASSERT_EQ(1, splice(c.s, NULL, pipes[1], NULL, 1, 0));
+	conn_close(&c);
+	store_let_go(&self->s);
+	sigaction(SIGALRM, &sa, NULL);
+	alarm(1);
+	clock_gettime(CLOCK_MONOTONIC, &t0);
+	EXPECT_EQ(-EINTR, dev_detach(self->s.ctl, self->s.minor, 20000));
+	clock_gettime(CLOCK_MONOTONIC, &t1);
+	EXPECT_GE(10, t1.tv_sec - t0.tv_sec);
+	self->s.fd = open(self->s.path, O_RDWR | O_CLOEXEC);
+	ASSERT_LE(0, self->s.fd);
+	EXPECT_EQ(0, store_info(&self->s, &info));
+	EXPECT_EQ(1, read(pipes[0], &byte, 1));
+	EXPECT_EQ('x', byte);
+}
+
 TEST_F_TIMEOUT(life, after_a_detach_that_was_refused_the_store_works_as_before, 60)
 {
 	struct net net = { variant->family, variant->link };

@@ -32,8 +32,7 @@ attach() {
 }
 
 detach() {
-	local k
-	for k in 1 2 3 4 5 6 7 8 9 10; do
+	for _ in 1 2 3 4 5 6 7 8 9 10; do
 		ctl detach "${store##*/}" >"$tmp/detach" 2>&1 && return
 		sleep 1
 	done
