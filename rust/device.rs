@@ -102,6 +102,9 @@ pub(crate) fn init() {
 
 /// Makes the device of a store. Process context.
 pub(crate) fn publish(store: &Arc<Store>) -> Result {
+    // Room first: a device that is there can be opened, and must not go by an error. Only one
+    // store is published at a time.
+    NODES.lock().reserve(1, GFP_KERNEL)?;
     let node = KBox::pin_init(Node::new(store.clone()), GFP_KERNEL)?;
     NODES.lock().push(node, GFP_KERNEL)?;
     Ok(())

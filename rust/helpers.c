@@ -200,7 +200,7 @@ unsigned int pmskb_nr_cpus(void)
 /* Page frames without struct pages, as far as user space goes: no get_user_pages(). */
 bool pmskb_vma_make_readonly(struct vm_area_struct *vma)
 {
-	if (vma->vm_flags & VM_WRITE)
+	if (vma->vm_flags & (VM_WRITE | VM_EXEC))
 		return false;
 	vm_flags_mod(vma, VM_PFNMAP | VM_DONTEXPAND | VM_DONTDUMP,
 		     VM_MAYWRITE | VM_MAYEXEC);

@@ -139,10 +139,29 @@ unsafe extern "C" fn notify_failure(
     if flags as u32 & bindings::mf_flags_MF_MEM_PRE_REMOVE != 0 {
         holder.removing.store(true, ordering::Release);
         (holder.hook)(&holder, Failure::Removal);
-    } else {
-        (holder.hook)(&holder, Failure::Media(offset, len));
+        return 0;
     }
-    0
+    (holder.hook)(&holder, Failure::Media(offset, len));
+    // With 0 the kernel may take the page out of its direct map, while packets are still being
+    // written to it; with `EOPNOTSUPP` it would handle it by itself.
+    EIO.to_errno()
+}
+
+/// Ends a claim: the other end of `fs_dax_get()`.
+///
+/// # Safety
+///
+/// `dax` was claimed by `holder`, and this is called once.
+unsafe fn put(dax: NonNull<ext::dax_device>, holder: &Holder) {
+    if holder.removing.load(ordering::Acquire) {
+        // `kill_dax()` has ended the claim, or is about to. Somebody else may have the next one,
+        // which `fs_put_dax()` would disarm.
+        // SAFETY: The reference is the claim's.
+        unsafe { ext::put_dax(dax.as_ptr()) }
+    } else {
+        // SAFETY: As the caller says.
+        unsafe { ext::fs_put_dax(dax.as_ptr(), holder.as_ptr()) }
+    }
 }
 
 /// A [`Holder`] in the list of holders, for as long as this is.
@@ -230,8 +249,8 @@ impl Drop for Claim {
             return;
         };
         if let Some(holder) = self.holder.take() {
-            // SAFETY: `dax` is held by `holder`.
-            unsafe { ext::fs_put_dax(self.dax.as_ptr(), holder.0.as_ptr()) };
+            // SAFETY: `dax` is held by `holder`, which goes with this.
+            unsafe { put(self.dax, &holder.0) };
         }
         device.close();
     }
@@ -552,6 +571,10 @@ impl Region {
             }
         }
         let pages = at;
+        // Nothing else keeps the driver, and with it the struct pages, until the store is known
+        // to whom `notify_failure` tells: `kill_dax()` waits for the end of this.
+        let alive = DaxReadLock::new();
+        claim.access(0, 1, mode)?;
         // SAFETY: Only asks whether there are struct pages.
         let has_pages =
             unsafe { ext::pmskb_pfn_has_page(pfn) && ext::pmskb_pfn_has_page(pfn + pages - 1) };
@@ -572,6 +595,7 @@ impl Region {
                 bad.push(at, GFP_KERNEL)?;
             }
         }
+        drop(alive);
 
         let base = NonNull::new(base).ok_or(EIO)?;
         let holder = claim.holder.take().ok_or(EIO)?;
@@ -697,8 +721,8 @@ impl Region {
             return;
         }
         self.set_gone();
-        // SAFETY: Held by `holder`; after `kill_dax()` this only puts the reference.
-        unsafe { ext::fs_put_dax(self.dax.as_ptr(), self.holder.0.as_ptr()) };
+        // SAFETY: Held by `holder`; once, by `closed`.
+        unsafe { put(self.dax, &self.holder.0) };
         self.holder.remove();
         if let Device::Block(file) = &self.device {
             // SAFETY: The file came from `bdev_file_open_by_dev()` and is closed once.

@@ -332,15 +332,14 @@ impl Store {
 
     /// All about the store, as user space sees it. Process context.
     pub(crate) fn info(&self) -> Result<ext::pmskb_store_info> {
-        {
-            let _inside = self.enter()?;
-            // Nothing says when the stack lets go of a frame.
+        // To the end: counting looks at struct pages.
+        let _inside = self.enter()?;
+        // Nothing says when the stack lets go of a frame.
+        self.frames.reclaim_all();
+        if self.frames.counts().limbo > 0 {
+            // What idle CPUs have freed, but not yet given back.
+            flush_deferred();
             self.frames.reclaim_all();
-            if self.frames.counts().limbo > 0 {
-                // What idle CPUs have freed, but not yet given back.
-                flush_deferred();
-                self.frames.reclaim_all();
-            }
         }
         let stats = self.core()?.get()?.stats();
         let counts = self.frames.counts();
@@ -630,6 +629,11 @@ pub(crate) fn detach(minor: u32, timeout_ms: u32, unpublish: impl FnOnce(&Arc<St
         DEAD => true,
         _ => return Err(EBUSY),
     };
+    let used = || store.files.load(Relaxed) > 0 || store.sockets.load(Relaxed) > 0;
+    // Before anything: whoever uses the store shall not notice a detach that is refused.
+    if used() {
+        return Err(EBUSY);
+    }
     if !dead {
         store.state.xchg(STOPPING, Full);
     }
@@ -639,7 +643,7 @@ pub(crate) fn detach(minor: u32, timeout_ms: u32, unpublish: impl FnOnce(&Arc<St
         }
         Err(error)
     };
-    if store.files.load(Relaxed) > 0 || store.sockets.load(Relaxed) > 0 {
+    if used() {
         return back(EBUSY);
     }
     // A dead store's, too: whoever dropped a reference in a softirq was not the last.
