@@ -521,11 +521,17 @@ void *pmskb_ulp_data(const struct sock *sk)
 }
 
 /* Data first: who sees the new operations finds it. */
-void pmskb_ulp_install(struct sock *sk, struct proto *prot, void *data)
+void pmskb_ulp_install(struct sock *sk, struct proto *prot, void *data,
+		       const struct tcp_ulp_ops *ops)
 {
 	write_lock_bh(&sk->sk_callback_lock);
 	/* Pairs with READ_ONCE() in pmskb_ulp_data(), after the read of sk_prot. */
 	smp_store_release(&inet_csk(sk)->icsk_ulp_data, data);
+	/*
+	 * sk_clone() copies a listener without its lock: who copies our sk_prot must find
+	 * the operations too, or clone is not called. __tcp_set_ulp() sets them once more.
+	 */
+	smp_store_release(&inet_csk(sk)->icsk_ulp_ops, ops);
 	/* Pairs with the reads of sk_prot without the socket lock. */
 	smp_store_release(&sk->sk_prot, prot);
 	write_unlock_bh(&sk->sk_callback_lock);
@@ -824,6 +830,33 @@ void pmskb_ulp_forget(struct sock *sk, struct proto *prot)
 {
 	inet_csk(sk)->icsk_ulp_ops = NULL;
 	WRITE_ONCE(sk->sk_prot, prot);
+}
+
+/* Against those who take no notice of a socket's owner: inet_csk_listen_stop(). */
+void pmskb_bh_lock_sock(struct sock *sk)
+{
+	local_bh_disable();
+	bh_lock_sock(sk);
+}
+
+void pmskb_bh_unlock_sock(struct sock *sk)
+{
+	bh_unlock_sock(sk);
+	local_bh_enable();
+}
+
+/* Data at the transport header, as where TCP looks a listener up. */
+bool pmskb_skb_to_transport(struct sk_buff *skb, unsigned int off, unsigned int headers)
+{
+	if (!pskb_may_pull(skb, headers))
+		return false;
+	__skb_pull(skb, off);
+	return true;
+}
+
+void pmskb_skb_to_network(struct sk_buff *skb, unsigned int off)
+{
+	__skb_push(skb, off);
 }
 
 void pmskb_migrate_disable(void)

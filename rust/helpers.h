@@ -157,7 +157,12 @@ bool pmskb_sk_is_mptcp(const struct sock *sk);
 bool pmskb_sk_has_psock(const struct sock *sk);
 struct net *pmskb_sock_net(const struct sock *sk);
 void *pmskb_ulp_data(const struct sock *sk);
-void pmskb_ulp_install(struct sock *sk, struct proto *prot, void *data);
+void pmskb_ulp_install(struct sock *sk, struct proto *prot, void *data,
+		       const struct tcp_ulp_ops *ops);
+void pmskb_bh_lock_sock(struct sock *sk);
+void pmskb_bh_unlock_sock(struct sock *sk);
+bool pmskb_skb_to_transport(struct sk_buff *skb, unsigned int off, unsigned int headers);
+void pmskb_skb_to_network(struct sk_buff *skb, unsigned int off);
 void pmskb_ulp_data_set(struct sock *sk, void *data);
 const struct proto *pmskb_sk_prot(const struct sock *sk);
 void pmskb_sock_get_zc_back(struct sock *sk);

@@ -389,13 +389,20 @@ fn store_removed(store: &Arc<Store>) {
         let abort = {
             // SAFETY: `pop` gave us a reference of a TCP socket.
             let mut locked = unsafe { Locked::new(sk) };
+            // One that is not accepted yet may be closed by its listener, whoever owns it; and with
+            // bottom halves off no grace period ends, so that the context stays.
+            // SAFETY: The reference; undone below.
+            unsafe { ext::pmskb_bh_lock_sock(sk.as_ptr()) };
             if let Some(ctx) = locked.ctx() {
                 let own = ctx.own(&mut locked);
                 ctx.let_go(own);
                 own.lost = true;
             }
-            // SAFETY: The socket is locked.
-            unsafe { ext::pmskb_sk_drop_queues(sk.as_ptr()) }
+            // SAFETY: The socket is locked, in both ways.
+            let any = unsafe { ext::pmskb_sk_drop_queues(sk.as_ptr()) };
+            // SAFETY: Locked above.
+            unsafe { ext::pmskb_bh_unlock_sock(sk.as_ptr()) };
+            any
         };
         // SAFETY: `pop` gave us the reference.
         unsafe {
@@ -664,7 +671,7 @@ unsafe extern "C" fn ulp_init(sk: *mut ext::sock) -> c_int {
             }
             let ctx = Ctx::new(sk, ext::pmskb_rx_mode_PMSKB_RX_BYTES, GFP_KERNEL)?;
             let ours = PROTOS.get(family).ok_or(EBUSY)?;
-            ext::pmskb_ulp_install(sk.as_ptr(), ours.get(), ctx.cast());
+            ext::pmskb_ulp_install(sk.as_ptr(), ours.get(), ctx.cast(), ULP.get());
             ext::pmskb_sock_get_zc_back(sk.as_ptr());
         }
         Ok(0)
@@ -712,19 +719,31 @@ unsafe extern "C" fn ulp_clone(
     // SAFETY: TCP calls this with a new socket that nobody else knows yet, a bitwise copy of the
     // listener, whose context (if any) stays: either RCU or the listener's lock is held.
     unsafe {
-        let Some(family) = family_of(newsk) else {
-            return;
+        // The listener may have come to us, or gone, while it was copied. The operations on which
+        // the child has a reference of this module are in `sk_prot_creator`, and nowhere else.
+        let counted = PROTOS
+            .iter()
+            .any(|ours| ptr::eq(ours.get(), (*newsk).sk_prot_creator.cast()));
+        let family = family_of(newsk);
+        let plain = match family {
+            Some(family) => base(family),
+            None => ext::pmskb_sk_prot(newsk).cast_mut(),
         };
         let parent = ext::pmskb_ulp_data(newsk).cast::<Ctx>().as_ref();
         ext::pmskb_ulp_data_set(newsk, ptr::null_mut());
         // See "References".
-        (*newsk).sk_prot_creator = base(family);
-        match parent.and_then(|parent| child(sk, parent).ok()) {
+        (*newsk).sk_prot_creator = plain;
+        match parent
+            .filter(|_| counted && family.is_some())
+            .and_then(|parent| child(sk, parent).ok())
+        {
             Some(ctx) => ext::pmskb_ulp_data_set(newsk, ctx.cast()),
             None => {
                 // No memory, or the listener is being closed: a plain TCP socket.
-                ext::pmskb_ulp_forget(newsk, base(family));
-                ext::pmskb_module_put(crate::this_module());
+                ext::pmskb_ulp_forget(newsk, plain);
+                if counted {
+                    ext::pmskb_module_put(crate::this_module());
+                }
             }
         }
     }
