@@ -640,11 +640,11 @@ fn arrived(skb: &mut Arriving<'_>, net: Net, family: Family) {
         } else {
             // Data that completes a handshake by cookie, or comes with the SYN.
             let doff = segment.payload - segment.transport;
-            if !skb.to_transport(segment.transport, segment.payload) {
+            if !skb.start_at_transport(segment.transport, segment.payload) {
                 return;
             }
             owner = sock::listener(net, skb, &segment.tuple, doff);
-            skb.to_network(segment.transport);
+            skb.start_at_network(segment.transport);
         }
     }
     // SAFETY: The skb has a reference of it, or it is a listener, which goes under RCU.

@@ -127,14 +127,14 @@ impl Arriving<'_> {
 
     /// Makes `headers` bytes linear and the data start at the transport header, `off` bytes on, as
     /// where TCP looks for a listener. False if there are fewer; else undo it by
-    /// [`Self::to_network`].
-    pub(crate) fn to_transport(&mut self, off: u32, headers: u32) -> bool {
+    /// [`Self::start_at_network`].
+    pub(crate) fn start_at_transport(&mut self, off: u32, headers: u32) -> bool {
         // SAFETY: By the type invariants; `off` is within what is made linear.
         unsafe { ext::pmskb_skb_to_transport(self.skb.as_ptr(), off, headers) }
     }
 
-    /// Undoes [`Self::to_transport`].
-    pub(crate) fn to_network(&mut self, off: u32) {
+    /// Undoes [`Self::start_at_transport`].
+    pub(crate) fn start_at_network(&mut self, off: u32) {
         // SAFETY: By the type invariants; the bytes were pulled before.
         unsafe { ext::pmskb_skb_to_network(self.skb.as_ptr(), off) }
     }

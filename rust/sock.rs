@@ -148,7 +148,12 @@ fn v4(addr: &[u8; 16]) -> u32 {
 
 /// The listener that a segment is for; without a reference, valid under RCU. `doff` is the length
 /// of the TCP header. Softirq, under RCU.
-pub(crate) fn listener(net: Net, skb: &mut Arriving<'_>, tuple: &Tuple, doff: u32) -> *mut ext::sock {
+pub(crate) fn listener(
+    net: Net,
+    skb: &mut Arriving<'_>,
+    tuple: &Tuple,
+    doff: u32,
+) -> *mut ext::sock {
     let sport = tuple.src_port.to_be();
     // SAFETY: As in `Found::established`. A program that selects among SO_REUSEPORT sockets is
     // shown the skb, with its data at the transport header, which is linear.
