@@ -100,13 +100,15 @@ TEST_F(way, an_attached_socket_places_what_it_receives_and_says_so)
 	EXPECT_LE(20 * sizeof(buf), i.counters.placed_bytes);
 	/* A segment sent twice is placed twice. */
 	EXPECT_GE(21 * sizeof(buf), i.counters.placed_bytes);
-	for (k = 0; k < PMSKB_UNPLACED_NR; k++)
+	for (k = 0; k < PMSKB_UNPLACED_NR; k++) {
 		EXPECT_EQ(0, i.counters.unplaced[k]) TH_LOG("unplaced, reason %d", k);
+	}
 	EXPECT_EQ(i.counters.placed, i.counters.derived + i.counters.hardware + i.counters.computed);
 	EXPECT_EQ(0, i.counters.mismatch);
-	if (variant->link == LINK_PLAIN)
+	if (variant->link == LINK_PLAIN) {
 		EXPECT_LT(0, i.counters.derived) TH_LOG("packets with a checksum on the wire: %llu placed, %llu computed",
 							i.counters.placed, i.counters.computed);
+	}
 	ASSERT_EQ(0, store_info(&self->s, &si));
 	EXPECT_LE(1, si.sockets);
 	EXPECT_EQ(i.counters.placed_bytes, si.counters.placed_bytes);
@@ -485,9 +487,10 @@ TEST_F(sock, attach_wants_an_open_store)
 
 	ASSERT_EQ(0, conn_make(&c, &self->net, -1, HOW_PLAIN));
 	ASSERT_EQ(0, sock_ulp(c.s));
-	for (k = 0; k < ARRAY_LEN(fds); k++)
+	for (k = 0; k < ARRAY_LEN(fds); k++) {
 		EXPECT_EQ(want[k], ERRNO(setsockopt(c.s, SOL_PMSKB, PMSKB_ATTACH, &fds[k], sizeof(int))))
 			TH_LOG("fd %d", fds[k]);
+	}
 	ASSERT_EQ(0, sock_info(c.s, &i));
 	EXPECT_EQ(~0U, i.store);
 	/* A socket with the ULP and no store is a plain socket. */

@@ -153,8 +153,9 @@ TEST_F(bytes, single_bytes_arrive_in_order)
 		ASSERT_EQ(1, send(self->c.c, &out, 1, 0));
 	}
 	ASSERT_EQ(0, recv_all(self->c.s, in, sizeof(in)));
-	for (i = 0; i < 300; i++)
+	for (i = 0; i < 300; i++) {
 		ASSERT_EQ((char)i, in[i]);
+	}
 }
 
 TEST_F(bytes, peek_does_not_consume)

@@ -14,6 +14,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/stat.h>
 #include <sys/time.h>
 #include <sys/wait.h>
@@ -101,6 +102,10 @@ void dev_sweep(int ctl)
 	}
 }
 
+/* What a child that only sends has no business to keep. */
+static void *last_map;
+static size_t last_len;
+
 static int store_map(struct store *s)
 {
 	void *map;
@@ -116,6 +121,8 @@ static int store_map(struct store *s)
 	if (map == MAP_FAILED)
 		return -errno;
 	s->map = map;
+	last_map = map;
+	last_len = s->map_len;
 	return 0;
 }
 
@@ -176,6 +183,8 @@ void store_let_go(struct store *s)
 {
 	if (s->map)
 		munmap((void *)s->map, s->map_len);
+	if (last_map == s->map)
+		last_map = NULL;
 	s->map = NULL;
 	if (s->fd >= 0)
 		close(s->fd);
@@ -596,6 +605,13 @@ int sender_start(struct sender *s, int fd, uint32_t seed, uint64_t len, size_t m
 		return -errno;
 	if (s->pid)
 		return 0;
+	/* If the test fails, nothing of this may hold the store or outlive it. */
+	prctl(PR_SET_PDEATHSIG, SIGKILL);
+	if (last_map)
+		munmap(last_map, last_len);
+	if (fd > 3)
+		close_range(3, fd - 1, 0);
+	close_range(fd + 1, ~0U, 0);
 	while (pos < len) {
 		uint64_t n = max_write > sizeof(buf) ? sizeof(buf) : max_write;
 

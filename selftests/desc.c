@@ -280,13 +280,15 @@ TEST_F(desc, tokens_are_unique_and_counted)
 	static char buf[200 * 50];
 	int n, i, k;
 
-	for (i = 0; i < 200; i++)
+	for (i = 0; i < 200; i++) {
 		ASSERT_EQ(0, send_all(self->c.c, buf + i * 50, 50));
+	}
 	n = desc_recv_bytes(self->c.s, d, MAX_DESC, sizeof(buf));
 	ASSERT_LT(0, n);
 	for (i = 0; i < n; i++)
-		for (k = 0; k < i; k++)
+		for (k = 0; k < i; k++) {
 			ASSERT_NE(d[i].token, d[k].token);
+		}
 	ASSERT_EQ(0, sock_info(self->c.s, &info));
 	EXPECT_EQ(n, info.tokens);
 	ASSERT_EQ(0, store_info(&self->s, &si));
@@ -412,8 +414,9 @@ TEST_F(desc, tokens_of_one_socket_mean_nothing_to_another)
 	/* Even if it has tokens of its own. */
 	ASSERT_EQ(0, send_all(other.c, "yours", 5));
 	ASSERT_EQ(1, desc_recv_bytes(other.s, e, 8, 5));
-	if (e[0].token != d[0].token)
+	if (e[0].token != d[0].token) {
 		EXPECT_EQ(-ESTALE, desc_release(other.s, d[0].token, 1));
+	}
 	EXPECT_EQ(0, desc_release(self->c.s, d[0].token, 1));
 	EXPECT_EQ(0, memcmp(self->s.map + e[0].offset, "yours", 5));
 	conn_close(&other);
@@ -589,8 +592,9 @@ TEST_F(desc, modes_can_be_switched_between_any_two_bytes)
 		for (k = 0; k < n; k++) {
 			ASSERT_EQ(-1, differs(self->s.map + d[k].offset, d[k].len, 26, pos));
 			/* The rest of a packet says so, and where it starts. */
-			if (d[k].pkt_off)
+			if (d[k].pkt_off) {
 				EXPECT_TRUE(d[k].flags & PMSKB_DESC_PARTIAL);
+			}
 			pos += d[k].len;
 		}
 		ASSERT_EQ(0, desc_release_all(self->c.s, d, n));
@@ -619,8 +623,9 @@ TEST_F_TIMEOUT(desc, out_of_order_and_repeated_segments_are_told_apart, 240)
 		for (i = 0; i < n; i++) {
 			EXPECT_EQ(-1, differs(self->s.map + d[i].offset, d[i].len, 27, pos)) TH_LOG("at %lu", pos);
 			/* A whole packet's sum, however it came. */
-			if (!(d[i].flags & PMSKB_DESC_PARTIAL))
+			if (!(d[i].flags & PMSKB_DESC_PARTIAL)) {
 				EXPECT_EQ(rfc1071(self->s.map + d[i].offset, d[i].len), d[i].csum);
+			}
 			pos += d[i].len;
 		}
 		if (desc_release_all(self->c.s, d, n))

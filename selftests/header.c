@@ -48,17 +48,19 @@ TEST(layout_is_the_same_for_32_bit_callers)
 		const struct field *f = &fields[i];
 
 		if (!f->name) {
-			if (type)
+			if (type) {
 				EXPECT_EQ(type->size, end)
 					TH_LOG("padding at the end of %s", type->type);
+			}
 			type = f;
 			end = 0;
 			continue;
 		}
 		EXPECT_EQ(end, f->real_off)
 			TH_LOG("hole before %s.%s", f->type, f->name);
-		if (f->size == 8)
+		if (f->size == 8) {
 			EXPECT_EQ(0, f->real_off % 8);
+		}
 		end = f->real_off + f->real_size;
 	}
 	EXPECT_EQ(type->size, end);

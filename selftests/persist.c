@@ -126,9 +126,10 @@ static void store_holds(struct __test_metadata *_metadata, struct store *s, stru
 			objects[i].found = false;
 		n = media_scan(s->map, s->map_len, compare, &l);
 		EXPECT_EQ(nr, n) TH_LOG("records in the store, %s", round ? "attached again" : "at once");
-		for (i = 0; i < nr; i++)
+		for (i = 0; i < nr; i++) {
 			EXPECT_TRUE(objects[i].found) TH_LOG("record %lu is lost, %s", objects[i].seq,
 							     round ? "attached again" : "at once");
+		}
 		EXPECT_EQ(0, l.wrong);
 		ASSERT_EQ(0, store_info(s, &info));
 		EXPECT_EQ(nr, info.records);
@@ -136,8 +137,9 @@ static void store_holds(struct __test_metadata *_metadata, struct store *s, stru
 		EXPECT_EQ(bytes, info.live_bytes);
 		EXPECT_LE(last, info.durable_seq);
 		/* The tools' reader has the core's code; this one here has not. */
-		if (have_program("pmskbctl"))
+		if (have_program("pmskbctl")) {
 			EXPECT_EQ(0, sh("pmskbctl verify pmskb%u >/dev/null", s->minor)) TH_LOG("pmskbctl verify");
+		}
 		if (round)
 			break;
 		if (c)
