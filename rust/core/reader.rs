@@ -284,7 +284,16 @@ impl<P: Pmem> Reader<P> {
     fn line(&self, loc: Locator) -> Result<Line> {
         self.sb.geometry.check_frame(loc.frame_off())?;
         let header = FrameHeader::read(&self.pm, loc.frame_off(), &self.sb.uuid)?;
-        parse(&self.pm, &self.sb.geometry, &header, loc.line())
+        for _ in 0..TRIES {
+            let word = self.pm.load(loc.0)?;
+            let line = parse(&self.pm, &self.sb.geometry, &header, loc.line());
+            // Killed while it was read, a record looks damaged: it is not.
+            core::sync::atomic::fence(core::sync::atomic::Ordering::Acquire);
+            if self.pm.load(loc.0)? == word {
+                return line;
+            }
+        }
+        Err(Error::Busy)
     }
 
     /// The live record with the lowest sequence number that is `seq` or more.
