@@ -832,6 +832,19 @@ void pmskb_ulp_forget(struct sock *sk, struct proto *prot)
 	WRITE_ONCE(sk->sk_prot, prot);
 }
 
+/*
+ * Ends a locked connection whose queue was dropped, before anybody sees the hole: what is
+ * in the backlog finds it closed.
+ */
+void pmskb_sk_abort(struct sock *sk, int err)
+{
+	if (sk->sk_state == TCP_CLOSE)
+		return;
+	sk->sk_prot->disconnect(sk, 0);
+	WRITE_ONCE(sk->sk_err, err);
+	sk_error_report(sk);
+}
+
 /* Against those who take no notice of a socket's owner: inet_csk_listen_stop(). */
 void pmskb_bh_lock_sock(struct sock *sk)
 {

@@ -159,6 +159,7 @@ struct net *pmskb_sock_net(const struct sock *sk);
 void *pmskb_ulp_data(const struct sock *sk);
 void pmskb_ulp_install(struct sock *sk, struct proto *prot, void *data,
 		       const struct tcp_ulp_ops *ops);
+void pmskb_sk_abort(struct sock *sk, int err);
 void pmskb_bh_lock_sock(struct sock *sk);
 void pmskb_bh_unlock_sock(struct sock *sk);
 bool pmskb_skb_to_transport(struct sk_buff *skb, unsigned int off, unsigned int headers);

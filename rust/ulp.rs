@@ -386,7 +386,7 @@ impl Sockets {
 /// is lost, so such a connection is aborted with `EIO`; others go on as plain TCP.
 fn store_removed(store: &Arc<Store>) {
     while let Some(sk) = SOCKETS.pop(store.minor()) {
-        let abort = {
+        {
             // SAFETY: `pop` gave us a reference of a TCP socket.
             let mut locked = unsafe { Locked::new(sk) };
             // One that is not accepted yet may be closed by its listener, whoever owns it; and with
@@ -402,15 +402,13 @@ fn store_removed(store: &Arc<Store>) {
             let any = unsafe { ext::pmskb_sk_drop_queues(sk.as_ptr()) };
             // SAFETY: Locked above.
             unsafe { ext::pmskb_bh_unlock_sock(sk.as_ptr()) };
-            any
-        };
-        // SAFETY: `pop` gave us the reference.
-        unsafe {
-            if abort {
-                ext::tcp_abort(sk.as_ptr(), bindings::EIO as c_int);
+            if any {
+                // SAFETY: The socket is locked by `locked`.
+                unsafe { ext::pmskb_sk_abort(sk.as_ptr(), bindings::EIO as c_int) };
             }
-            ext::sock_gen_put(sk.as_ptr());
         }
+        // SAFETY: `pop` gave us the reference.
+        unsafe { ext::sock_gen_put(sk.as_ptr()) };
     }
 }
 
