@@ -147,10 +147,8 @@ fn format(arg: usize) -> Result {
         return Err(EINVAL);
     }
     let mut salt = [0u8; 8];
-    // SAFETY: 8 bytes are written.
-    unsafe { bindings::get_random_bytes(salt.as_mut_ptr().cast(), salt.len()) };
-    // SAFETY: No requirements.
-    let time = unsafe { ext::pmskb_now() };
+    crate::host::random(&mut salt);
+    let time = crate::host::now();
 
     let params = pm::FormatParams {
         uuid: args.uuid,
@@ -172,11 +170,12 @@ fn publish(store: &Arc<Store>) -> Result<(u32, [u8; 16])> {
 /// `PMSKB_IOC_ATTACH`.
 fn attach(arg: usize) -> Result {
     let mut args: ext::pmskb_attach = read(arg)?;
-    if args.flags != 0 || args.reserved != 0 {
+    if args.flags & !ext::PMSKB_ATTACH_READ_ONLY != 0 || args.reserved != 0 {
         return Err(EINVAL);
     }
+    let read_only = args.flags & ext::PMSKB_ATTACH_READ_ONLY != 0;
     let region = store::claim(args.fd)?;
-    let (minor, uuid) = store::attach(region, publish)?;
+    let (minor, uuid) = store::attach(region, read_only, publish)?;
     (args.minor, args.uuid) = (minor, uuid);
     // Whoever is not told which store it is has none.
     write(arg, args).inspect_err(|_| {
@@ -221,5 +220,5 @@ fn attach_path(path: &[u8]) -> Result {
     name.push(0, GFP_KERNEL)?;
     let path = CStr::from_bytes_with_nul(&name).map_err(|_| EINVAL)?;
     let region = store::claim_path(path)?;
-    store::attach(region, publish).map(|_| ())
+    store::attach(region, false, publish).map(|_| ())
 }

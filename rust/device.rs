@@ -277,8 +277,7 @@ unsafe extern "C" fn read_iter(
     let mut done = 0usize;
     let result = (|| {
         while !iter.is_empty() {
-            // SAFETY: May be called anywhere.
-            if done != 0 && unsafe { ext::pmskb_signal_pending() } {
+            if done != 0 && crate::host::signal_pending() {
                 break;
             }
             let _entered = store.enter()?;
@@ -497,7 +496,9 @@ unsafe extern "C" fn ioctl(file: *mut bindings::file, cmd: c_uint, arg: c_ulong)
                 to.write(&info)?;
                 Ok(0)
             }
-            ext::pmskb_cmd_PMSKB_CMD_ATTACH_SOCKET | ext::pmskb_cmd_PMSKB_CMD_SUBMIT
+            ext::pmskb_cmd_PMSKB_CMD_ATTACH_SOCKET
+            | ext::pmskb_cmd_PMSKB_CMD_SUBMIT
+            | ext::pmskb_cmd_PMSKB_CMD_COMPACT
                 if !writable =>
             {
                 Err(EACCES)
@@ -506,6 +507,23 @@ unsafe extern "C" fn ioctl(file: *mut bindings::file, cmd: c_uint, arg: c_ulong)
                 let fd = UserSlice::new(UserPtr::from_addr(arg), 4).reader().read()?;
                 attach_socket(store, fd)
             }
+            ext::pmskb_cmd_PMSKB_CMD_COMPACT => {
+                let mut args: Plain<ext::pmskb_compact> = read_arg(arg)?;
+                store.compact(&mut args.0)?;
+                write_arg(arg, &args)
+            }
+            ext::pmskb_cmd_PMSKB_CMD_SCRUB => {
+                let mut args: Plain<ext::pmskb_scrub> = read_arg(arg)?;
+                let mut bad = KVVec::new();
+                let to = UserPtr::from_addr(args.0.bad as usize);
+                store.scrub(&mut args.0, &mut bad)?;
+                let size = bad.len() * core::mem::size_of::<ext::pmskb_scrub_bad>();
+                let mut to = UserSlice::new(to, size).writer();
+                for found in &bad {
+                    to.write(found)?;
+                }
+                write_arg(arg, &args)
+            }
             ext::pmskb_cmd_PMSKB_CMD_SUBMIT => {
                 crate::submit::ioctl(&store, UserPtr::from_addr(arg))?;
                 Ok(0)
@@ -513,6 +531,25 @@ unsafe extern "C" fn ioctl(file: *mut bindings::file, cmd: c_uint, arg: c_ulong)
             _ => Err(ENOTTY),
         }
     })
+}
+
+/// The structure that an ioctl's argument points to.
+fn read_arg<T>(arg: c_ulong) -> Result<Plain<T>>
+where
+    Plain<T>: kernel::transmute::FromBytes,
+{
+    let size = core::mem::size_of::<T>();
+    UserSlice::new(UserPtr::from_addr(arg), size).reader().read()
+}
+
+/// Gives the structure back.
+fn write_arg<T>(arg: c_ulong, value: &Plain<T>) -> Result<c_long>
+where
+    Plain<T>: kernel::transmute::AsBytes,
+{
+    let size = core::mem::size_of::<T>();
+    UserSlice::new(UserPtr::from_addr(arg), size).writer().write(value)?;
+    Ok(0)
 }
 
 /// `PMSKB_IOC_ATTACH_SOCKET`.

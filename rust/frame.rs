@@ -13,7 +13,7 @@
 use crate::{
     lock::{self, SpinLockBh},
     page::Pages,
-    pm::{self, Counts, FrameState, FrameTable},
+    pm::{self, Counts, FrameState, FrameTable, Need},
     region::{Region, PAGE},
 };
 use core::ptr::NonNull;
@@ -95,9 +95,11 @@ impl FrameArea {
     }
 
     /// A free frame, Owned, with one hold: the one after `near` if that is free. None when the
-    /// store is full. Any context but hard interrupts.
+    /// store is full but for its reserve. Any context but hard interrupts.
     pub(crate) fn alloc(&self, near: Option<Frame>) -> Option<Frame> {
-        self.table.lock().alloc(near, |frame| self.idle(frame))
+        self.table
+            .lock()
+            .alloc(near, Need::New, |frame| self.idle(frame))
     }
 
     /// Looks at every frame in limbo once, so that the numbers are right. Process context.
@@ -113,13 +115,13 @@ impl FrameArea {
     /// One more hold. Any context but hard interrupts. `EINVAL` if the frame is free or not of
     /// this store.
     pub(crate) fn hold(&self, frame: Frame) -> Result {
-        self.table.lock().hold(frame).map_err(crate::errno)
+        self.table.lock().hold(frame, 0).map_err(crate::errno)
     }
 
     /// One hold less; how many are left. With the last, the frame enters limbo. Any context but
     /// hard interrupts. `EINVAL` if there was none.
     pub(crate) fn unhold(&self, frame: Frame) -> Result<u32> {
-        self.table.lock().unhold(frame).map_err(crate::errno)
+        self.table.lock().unhold(frame, 0).map_err(crate::errno)
     }
 
     /// The owner lets go of a frame: with that its notes may go too, whoever still holds it. Any
@@ -141,6 +143,11 @@ impl FrameArea {
     /// Frames by state.
     pub(crate) fn counts(&self) -> Counts {
         self.table.lock().counts()
+    }
+
+    /// Frames that only deletes, compaction and recovery get.
+    pub(crate) fn reserve(&self) -> u32 {
+        self.table.lock().reserve()
     }
 
     /// The frame that a page is, if it is one of this store's. Any context.
@@ -214,19 +221,30 @@ impl FrameArea {
 }
 
 impl pm::Frames for Arc<FrameArea> {
-    fn alloc(&self) -> Option<Frame> {
-        FrameArea::alloc(self, None)
+    fn alloc(&self, near: Option<Frame>, need: Need) -> Option<Frame> {
+        self.table
+            .lock()
+            .alloc(near, need, |frame| self.idle(frame))
     }
 
-    fn hold(&self, frame: Frame) -> pm::Result<()> {
-        self.table.lock().hold(frame)
+    fn hold(&self, frame: Frame, bytes: u32) -> pm::Result<()> {
+        self.table.lock().hold(frame, bytes)
     }
 
-    fn unhold(&self, frame: Frame) -> pm::Result<u32> {
-        self.table.lock().unhold(frame)
+    fn unhold(&self, frame: Frame, bytes: u32) -> pm::Result<u32> {
+        self.table.lock().unhold(frame, bytes)
     }
 
-    fn claim(&self, frame: Frame) -> pm::Result<()> {
-        self.table.lock().claim(frame)
+    fn claim(&self, frame: Frame, bytes: u32) -> pm::Result<()> {
+        self.table.lock().claim(frame, bytes)
+    }
+
+    fn used(&self, frame: Frame) -> u32 {
+        self.table.lock().used(frame)
+    }
+
+    fn held(&self, frame: Frame) -> bool {
+        let state = self.table.lock().state(frame);
+        state.is_some_and(|(_, holds)| holds > 0)
     }
 }

@@ -271,6 +271,11 @@ u64 pmskb_now(void)
 	return ktime_get_real_ns();
 }
 
+void pmskb_resched(void)
+{
+	cond_resched();
+}
+
 bool pmskb_signal_pending(void)
 {
 	return signal_pending(current);
@@ -620,11 +625,6 @@ int pmskb_nla_put(struct sk_buff *skb, int type, int len, const void *data)
 size_t pmskb_nla_size(int len)
 {
 	return nla_total_size(len);
-}
-
-u64 pmskb_now_real(void)
-{
-	return ktime_get_real_ns();
 }
 
 static const struct nf_hook_ops pmskb_hooks[] = {

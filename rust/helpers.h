@@ -61,6 +61,7 @@ struct pmskb_node {
 
 const struct attribute_group **pmskb_node_groups(void);
 u64 pmskb_now(void);
+void pmskb_resched(void);
 bool pmskb_signal_pending(void);
 int pmskb_flush_deferred_skbs(void);
 
@@ -71,6 +72,8 @@ enum pmskb_cmd {
 	PMSKB_CMD_INFO = PMSKB_IOC_INFO,
 	PMSKB_CMD_ATTACH_SOCKET = PMSKB_IOC_ATTACH_SOCKET,
 	PMSKB_CMD_SUBMIT = PMSKB_IOC_SUBMIT,
+	PMSKB_CMD_COMPACT = PMSKB_IOC_COMPACT,
+	PMSKB_CMD_SCRUB = PMSKB_IOC_SCRUB,
 };
 
 const char *pmskb_attach_param(void);
@@ -178,7 +181,6 @@ void pmskb_module_get_live(struct module *module);
 int pmskb_set_ulp(struct socket *sock);
 int pmskb_nla_put(struct sk_buff *skb, int type, int len, const void *data);
 size_t pmskb_nla_size(int len);
-u64 pmskb_now_real(void);
 int pmskb_net_start(void);
 void pmskb_net_stop(void);
 void pmskb_net_reap_later(void);

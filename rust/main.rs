@@ -33,6 +33,7 @@ mod control;
 mod device;
 mod frame;
 mod head;
+mod host;
 mod lock;
 mod note;
 mod page;
@@ -50,6 +51,7 @@ mod submit;
 mod token;
 mod uapi;
 mod ulp;
+mod upkeep;
 mod vma;
 
 #[pin_data]
@@ -107,6 +109,8 @@ fn errno(error: pm::Error) -> Error {
         pm::Error::Busy => c::EBUSY,
         pm::Error::Io => c::EIO,
         pm::Error::ReadOnly => c::EROFS,
+        pm::Error::Stale => c::ESTALE,
+        pm::Error::NoMemory => c::ENOMEM,
     };
     Error::from_errno(-(number as i32))
 }

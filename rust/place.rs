@@ -443,8 +443,7 @@ pub(crate) fn stamp(facts: &Facts) -> (u64, u8) {
             ext::pmskb_time_source_PMSKB_TIME_SOFTWARE as u8,
         );
     }
-    // SAFETY: No requirements.
-    let now = unsafe { ext::pmskb_now_real() };
+    let now = crate::host::now();
     (now, ext::pmskb_time_source_PMSKB_TIME_PLACEMENT as u8)
 }
 

@@ -448,8 +448,7 @@ impl Drop for Locked<'_> {
 
 /// What a waiting receive answers to a signal; none is pending: `None`.
 pub(crate) fn interrupted(timeout: c_long) -> Option<Error> {
-    // SAFETY: No requirements.
-    unsafe { ext::pmskb_signal_pending() }.then(|| {
+    crate::host::signal_pending().then(|| {
         // SAFETY: No requirements.
         Error::from_errno(unsafe { ext::pmskb_sock_intr_errno(timeout) })
     })

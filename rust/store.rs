@@ -26,6 +26,7 @@ use crate::{
     bindings as ext,
     frame::FrameArea,
     head::HeadArea,
+    host::sleep_ms,
     lock::SameCpu,
     pm,
     region::{Failure, Holder, Media, Region},
@@ -39,6 +40,7 @@ use kernel::{
         atomic::{Atomic, Full, Relaxed},
         Arc, Mutex, MutexGuard, SetOnce,
     },
+    workqueue::{impl_has_work, new_work, Work},
 };
 
 /// The core's store over a region and its frames.
@@ -170,6 +172,13 @@ pub(crate) struct Store {
     pub(crate) submits: Count,
     /// Over all sockets.
     pub(crate) counters: Counters,
+    /// It was attached to be read.
+    read_only: bool,
+    /// What the last compaction could not gain, bytes.
+    pub(crate) left_over: Atomic<u64>,
+    /// See `upkeep.rs`.
+    #[pin]
+    work: Work<Store>,
     mappings: Mappings,
     /// None once it was closed.
     #[pin]
@@ -178,6 +187,10 @@ pub(crate) struct Store {
     frames: Arc<FrameArea>,
     heads: Option<Arc<HeadArea>>,
     region: Arc<Region>,
+}
+
+impl_has_work! {
+    impl HasWork<Self> for Store { self.work }
 }
 
 /// Somebody inside a store that was live: its memory and pages stay until this is dropped.
@@ -242,6 +255,11 @@ impl Store {
         self.heads.as_ref()
     }
 
+    /// Whether it was attached to be read.
+    pub(crate) fn read_only(&self) -> bool {
+        self.read_only
+    }
+
     /// All mappings.
     pub(crate) fn mappings(&self) -> &Mappings {
         &self.mappings
@@ -278,9 +296,12 @@ impl Store {
     }
 
     /// A socket (or the child of one) is attached: the store cannot be detached until
-    /// [`Self::socket_detached`]. Any context. `EIO` if the store is going or gone; then nothing
-    /// was counted.
+    /// [`Self::socket_detached`]. Any context. `EIO` if the store is going or gone, `EROFS` if it
+    /// may only be read; then nothing was counted.
     pub(crate) fn socket_attached(&self) -> Result {
+        if self.read_only {
+            return Err(crate::errno(pm::Error::ReadOnly));
+        }
         self.sockets.fetch_add(1, Full);
         if self.state.load(Relaxed) != LIVE {
             self.sockets.fetch_sub(1, Full);
@@ -341,11 +362,16 @@ impl Store {
             flush_deferred();
             self.frames.reclaim_all();
         }
-        let stats = self.core()?.get()?.stats();
-        let counts = self.frames.counts();
+        let (stats, counts, failed) = {
+            // Both under one lock: they are to add up.
+            let mut core = self.core()?;
+            let core: &mut Core = core.get()?;
+            (core.stats(), self.frames.counts(), core.read_only())
+        };
         let (heads_total, heads_free) = self.heads.as_ref().map_or((0, 0), |h| h.counts());
         let (lines, fences) = self.region.written_back();
-        let meta = stats.record_frames + stats.list_frames + stats.index_frames;
+        let used = stats.record_frames + stats.list_frames + stats.index_frames;
+        let used = used + u64::from(counts.payload);
         let geo = &self.geometry;
         let mut label = [0; 32];
         label.copy_from_slice(&self.label);
@@ -353,7 +379,7 @@ impl Store {
             uuid: self.uuid,
             label,
             minor: self.minor,
-            flags: 0,
+            flags: if failed { ext::PMSKB_STORE_READ_ONLY } else { 0 },
             region_len: geo.region_len,
             map_len: geo.region_len,
             head_off: geo.head_off,
@@ -361,15 +387,26 @@ impl Store {
             data_off: geo.data_off,
             frames_total: counts.total.into(),
             frames_free: counts.free.into(),
-            frames_meta: meta,
-            frames_record: u64::from(counts.owned + counts.held).saturating_sub(meta),
+            frames_payload: counts.payload.into(),
+            frames_record: stats.record_frames,
+            frames_list: stats.list_frames,
+            frames_index: stats.index_frames,
+            frames_held: u64::from(counts.total - counts.free - counts.limbo - counts.bad)
+                .saturating_sub(used),
             frames_limbo: counts.limbo.into(),
             frames_bad: counts.bad.into(),
+            frames_reserve: self.frames.reserve().into(),
             heads_total: heads_total.into(),
             heads_free: heads_free.into(),
             records: stats.records,
             keys: stats.keys,
             live_bytes: stats.live_bytes,
+            record_bytes: stats.record_lines * pm::LINE_SIZE,
+            fragmented_bytes: counts.slack,
+            reclaimable_bytes: stats.empty_frames * pm::FRAME_SIZE + stats.pending_bytes,
+            trunc_seq: stats.trunc_seq,
+            moved_records: stats.moved_records,
+            moved_bytes: stats.moved_bytes,
             durable_seq: stats.durable_seq,
             sockets: self.sockets.load(Relaxed).max(0) as u64,
             tokens: self.tokens.load(Relaxed).max(0) as u64,
@@ -387,6 +424,12 @@ impl Store {
         while self.users.load(Relaxed) > 0 {
             sleep_ms(1);
         }
+    }
+
+    /// Waits for what `upkeep.rs` has queued; none is queued any more. The state is not live.
+    fn flush_work(&self) {
+        // SAFETY: The work is part of `self`, and was initialised with it.
+        unsafe { bindings::flush_work(Work::raw_get(&raw const self.work)) };
     }
 
     /// How many pages the stack, pipes or heads still have.
@@ -436,11 +479,6 @@ fn flush_deferred() {
     // Without memory for it they come back with the next traffic.
     // SAFETY: Called where it may sleep.
     let _ = unsafe { ext::pmskb_flush_deferred_skbs() };
-}
-
-fn sleep_ms(ms: u32) {
-    // SAFETY: Called where it may sleep.
-    unsafe { bindings::msleep(ms) };
 }
 
 /// A region's memory failed. See `region.rs` for the context.
@@ -527,6 +565,7 @@ pub(crate) fn format(
 /// too new), `EADDRINUSE`, `ENFILE` too many stores, `ENOMEM`.
 pub(crate) fn attach<T>(
     region: Region,
+    read_only: bool,
     publish: impl FnOnce(&Arc<Store>) -> Result<T>,
 ) -> Result<T> {
     let region = Arc::new(region, GFP_KERNEL)?;
@@ -552,12 +591,13 @@ pub(crate) fn attach<T>(
     };
     let work = KVVec::from_elem(0u64, Core::WORK_WORDS, GFP_KERNEL)?;
     let options = pm::RecoverOptions {
-        read_only: probe.read_only,
+        read_only: probe.read_only || read_only,
     };
     let media = Media(region.clone());
     let (core, report) = {
         let _cpu = SameCpu::new();
-        Core::recover(media, frames.clone(), work, options).map_err(crate::errno)?
+        let list = |count| KVVec::from_elem(pm::IndexEntry::default(), count, GFP_KERNEL).ok();
+        Core::recover(media, frames.clone(), work, list, options).map_err(crate::errno)?
     };
     let mappings = Mappings::new()?;
     let store = Arc::pin_init(
@@ -573,6 +613,9 @@ pub(crate) fn attach<T>(
             tokens: Atomic::new(0),
             submits: Count::default(),
             counters: Counters::default(),
+            read_only: options.read_only,
+            left_over: Atomic::new(0),
+            work <- new_work!("pmskb_upkeep"),
             mappings,
             core <- new_mutex!(Some(core), "pmskb_core"),
             frames,
@@ -648,6 +691,7 @@ pub(crate) fn detach(minor: u32, timeout_ms: u32, unpublish: impl FnOnce(&Arc<St
     }
     // A dead store's, too: whoever dropped a reference in a softirq was not the last.
     store.wait_for_users();
+    store.flush_work();
     if !dead {
         let mut left = match timeout_ms {
             0 => DETACH_MS,
@@ -690,7 +734,7 @@ pub(crate) fn detach(minor: u32, timeout_ms: u32, unpublish: impl FnOnce(&Arc<St
         sleep_ms(1);
     }
     forget(&store);
-    if !dead {
+    if !dead && !store.read_only {
         // Kernel pointers are nobody else's business.
         store.region.clear(geo.head_off, geo.head_len);
     }

@@ -38,8 +38,12 @@ use kernel::{
 /// Most extents in one array, over all its operations: bounds the memory that a call takes.
 const MAX_EXTENTS: usize = ext::PMSKB_MAX_EXTENTS as usize;
 /// Flags that each operation may have.
-const PUT_FLAGS: u32 =
-    ext::PMSKB_OP_CREATE | ext::PMSKB_OP_REPLACE | ext::PMSKB_OP_KEEP | ext::PMSKB_OP_KEY_EXTENTS;
+const PUT_FLAGS: u32 = ext::PMSKB_OP_CREATE
+    | ext::PMSKB_OP_REPLACE
+    | ext::PMSKB_OP_KEEP
+    | ext::PMSKB_OP_KEY_EXTENTS
+    | ext::PMSKB_OP_IF_SEQ;
+const DELETE_FLAGS: u32 = ext::PMSKB_OP_IF_SEQ;
 
 /// Whose tokens an array may name.
 enum Caller<'a, 'b> {
@@ -54,6 +58,7 @@ enum Action {
     Put { mode: pm::PutMode, key: Key },
     Delete { key: Key },
     Release,
+    Truncate(u64),
 }
 
 /// The key of an operation.
@@ -77,6 +82,7 @@ struct Op {
     /// What `exts` are, resolved; each with a hold.
     pieces: KVVec<pm::Piece>,
     meta: pm::Meta,
+    if_seq: Option<u64>,
     result: Plain<ext::pmskb_result>,
 }
 
@@ -101,7 +107,8 @@ pub(crate) fn ioctl(store: &Arc<Store>, arg: UserPtr) -> Result {
 /// `EINVAL` bad header, `E2BIG` too many operations, `EFAULT` bad array, `ENOMEM`, `EIO` store
 /// gone. Each operation's own errno is in its result.
 fn submit(store: &Arc<Store>, mut caller: Caller<'_, '_>, header: ext::pmskb_submit) -> Result {
-    if header.nr == 0 || header.flags != 0 || header.reserved != 0 {
+    let atomic = header.flags & ext::PMSKB_SUBMIT_ATOMIC != 0;
+    if header.nr == 0 || header.flags & !ext::PMSKB_SUBMIT_ATOMIC != 0 || header.reserved != 0 {
         return Err(EINVAL);
     }
     if header.nr > ext::PMSKB_MAX_OPS {
@@ -119,11 +126,29 @@ fn submit(store: &Arc<Store>, mut caller: Caller<'_, '_>, header: ext::pmskb_sub
             op.fail_if(resolved);
         }
     }
-    commit(store, &mut ops);
+    if atomic {
+        check_releases(store, &mut caller, &mut ops);
+    }
+    commit(store, &mut ops, atomic);
     for op in ops.iter_mut() {
         finish(store, &mut caller, op);
     }
+    store.upkeep();
     write_results(header.results, &ops)
+}
+
+/// A release of an array that is all or nothing must not be what fails after the rest was done.
+fn check_releases(store: &Arc<Store>, caller: &mut Caller<'_, '_>, ops: &mut [Op]) {
+    for op in ops.iter_mut() {
+        if matches!(op.action, Action::Release) && !op.failed() {
+            let exts = &op.exts;
+            let checked = with_socket(store, caller, op.fd, |socket| {
+                exts.iter()
+                    .try_for_each(|ext| socket.get(ext.0.token).map(|_| ()))
+            });
+            op.fail_if(checked);
+        }
+    }
 }
 
 fn clear_results(ptr: u64, nr: usize) -> Result {
@@ -160,6 +185,7 @@ fn read_ops(caller: &Caller<'_, '_>, header: &ext::pmskb_submit, nr: usize) -> R
             object: 0,
             pieces: KVVec::new(),
             meta: pm::Meta::default(),
+            if_seq: None,
             result: Plain::default(),
         };
         let named = match caller {
@@ -199,11 +225,21 @@ impl Op {
         let opcode = u32::from(raw.opcode);
         let allowed = match opcode {
             ext::pmskb_opcode_PMSKB_OP_PUT => PUT_FLAGS,
-            ext::pmskb_opcode_PMSKB_OP_DELETE => 0,
+            ext::pmskb_opcode_PMSKB_OP_DELETE => DELETE_FLAGS,
             ext::pmskb_opcode_PMSKB_OP_RELEASE => 0,
+            ext::pmskb_opcode_PMSKB_OP_TRUNCATE => 0,
             _ => return Err(EINVAL),
         };
         if flags & !allowed != 0 {
+            return Err(EINVAL);
+        }
+        let truncate = opcode == ext::pmskb_opcode_PMSKB_OP_TRUNCATE;
+        if flags & ext::PMSKB_OP_IF_SEQ != 0 {
+            if raw.key_len == 0 {
+                return Err(EINVAL);
+            }
+            self.if_seq = Some(raw.seq);
+        } else if raw.seq != 0 && !truncate {
             return Err(EINVAL);
         }
         self.read_exts(raw.extents, raw.nr_extents, left)?;
@@ -240,6 +276,12 @@ impl Op {
                     Key::None => return Err(EINVAL),
                     key => Action::Delete { key },
                 }
+            }
+            ext::pmskb_opcode_PMSKB_OP_TRUNCATE => {
+                if raw.key_len != 0 || raw.nr_extents != 0 {
+                    return Err(EINVAL);
+                }
+                Action::Truncate(raw.seq)
             }
             _ => {
                 if raw.key_len != 0 || raw.nr_extents == 0 {
@@ -436,25 +478,38 @@ fn overlap(pieces: &[pm::Piece]) -> Result<bool> {
     Ok(!sorted.windows(2).all(in_order))
 }
 
-/// Phase 3. What is the store's error is that of every operation that was not refused before.
-fn commit(store: &Store, ops: &mut [Op]) {
+/// Phase 3. What is the store's error is that of every operation that was not refused before. If
+/// they are to be atomic, one that fails takes the others with it.
+fn commit(store: &Store, ops: &mut [Op], atomic: bool) {
     let stages = |op: &&mut Op| !op.failed() && !matches!(op.action, Action::Release);
-    // SAFETY: No requirements.
-    let now = unsafe { ext::pmskb_now_real() };
+    let now = crate::host::now();
     let mut any = false;
     for op in ops.iter_mut().filter(stages) {
         let composed = compose(store, op, now);
         any |= composed.is_ok();
+        if atomic && matches!(op.action, Action::Truncate(_)) {
+            op.fail_if(Err::<(), _>(EINVAL));
+        }
         op.fail_if(composed);
     }
-    if !any {
+    if cancelled(ops, atomic) || !any {
         return;
     }
     let committed = store.core().and_then(|mut core| {
         let core = core.get()?;
+        if atomic {
+            core.begin_atomic().map_err(crate::errno)?;
+        }
         for op in ops.iter_mut().filter(stages) {
             let staged = stage(core, op);
             op.fail_if(staged);
+            if atomic && op.failed() {
+                break;
+            }
+        }
+        if cancelled(ops, atomic) {
+            core.abort();
+            return Ok(());
         }
         core.commit().map_err(crate::errno)
     });
@@ -464,6 +519,17 @@ fn commit(store: &Store, ops: &mut [Op]) {
             op.fail_if(Err::<(), _>(error));
         }
     }
+}
+
+/// Whether an array that is to be atomic has failed: then all of it has.
+fn cancelled(ops: &mut [Op], atomic: bool) -> bool {
+    if !atomic || !ops.iter().any(Op::failed) {
+        return false;
+    }
+    for op in ops.iter_mut().filter(|op| !op.failed()) {
+        op.fail_if(Err::<(), _>(errno(bindings::ECANCELED)));
+    }
+    true
 }
 
 /// The checksum and the rest of the metadata that depends on the object's bytes.
@@ -491,7 +557,7 @@ fn compose(store: &Store, op: &mut Op, now: u64) -> Result {
     if let Some(bytes) = gathered {
         match &mut op.action {
             Action::Put { key, .. } | Action::Delete { key } => *key = Key::Bytes(bytes),
-            Action::Release => {}
+            Action::Release | Action::Truncate(_) => {}
         }
     }
     Ok(())
@@ -534,6 +600,7 @@ fn stage(core: &mut Core, op: &mut Op) -> Result {
                     extents: &extents,
                     meta: op.meta,
                     mode: *mode,
+                    if_seq: op.if_seq,
                 })
                 .map_err(crate::errno)?;
             let mut flags = 0;
@@ -562,8 +629,13 @@ fn stage(core: &mut Core, op: &mut Op) -> Result {
                 }
                 _ => return Err(EINVAL),
             };
-            let seq = core.delete(bytes).map_err(crate::errno)?;
+            let seq = core.delete(bytes, op.if_seq).map_err(crate::errno)?;
             op.result.0.res = i64::try_from(seq).map_err(|_| EOVERFLOW)?;
+        }
+        Action::Truncate(seq) => {
+            core.truncate(*seq).map_err(crate::errno)?;
+            let upto = core.stats().trunc_seq;
+            op.result.0.res = i64::try_from(upto).map_err(|_| EOVERFLOW)?;
         }
         Action::Release => {}
     }

@@ -226,8 +226,9 @@ int store_quiet(const struct store *s, int ms, struct pmskb_store_info *info)
 		 * in it counts as back, and detach tells if it is.
 		 */
 		if (!info->tokens &&
-		    info->frames_free + info->frames_limbo + info->frames_meta +
-		    info->frames_record + info->frames_bad == info->frames_total) {
+		    info->frames_free + info->frames_limbo + info->frames_payload +
+		    info->frames_record + info->frames_list + info->frames_index +
+		    info->frames_held + info->frames_bad == info->frames_total) {
 			info->frames_free += info->frames_limbo;
 			return 0;
 		}

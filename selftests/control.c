@@ -242,8 +242,8 @@ TEST_F(region, an_empty_store_accounts_for_all_of_its_region)
 	EXPECT_GE(i.region_len / 16 + (4 << 20), i.head_len);
 	EXPECT_GE(i.region_len - i.data_off, i.frames_total * PMSKB_FRAME_SIZE);
 	EXPECT_LE(i.region_len - i.data_off - 64 * PMSKB_FRAME_SIZE, i.frames_total * PMSKB_FRAME_SIZE);
-	EXPECT_EQ(i.frames_total, i.frames_free + i.frames_meta + i.frames_record +
-		  i.frames_limbo + i.frames_bad);
+	EXPECT_EQ(i.frames_total, i.frames_free + i.frames_payload + i.frames_record +
+		  i.frames_list + i.frames_index + i.frames_held + i.frames_limbo + i.frames_bad);
 	EXPECT_EQ(0, i.records);
 	EXPECT_EQ(0, i.keys);
 	EXPECT_EQ(0, i.live_bytes);

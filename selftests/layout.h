@@ -36,7 +36,8 @@
 		FIELD(pmskb_op, key_len, 16, 4) \
 		FIELD(pmskb_op, nr_extents, 20, 4) \
 		FIELD(pmskb_op, extents, 24, 8) \
-		FIELD(pmskb_op, reserved, 32, 32) \
+		FIELD(pmskb_op, seq, 32, 8) \
+		FIELD(pmskb_op, reserved, 40, 24) \
 	STRUCT(pmskb_result, 16) \
 		FIELD(pmskb_result, res, 0, 8) \
 		FIELD(pmskb_result, flags, 8, 4) \
@@ -82,7 +83,7 @@
 		FIELD(pmskb_detach, minor, 0, 4) \
 		FIELD(pmskb_detach, timeout_ms, 4, 4) \
 		FIELD(pmskb_detach, reserved, 8, 8) \
-	STRUCT(pmskb_store_info, 360) \
+	STRUCT(pmskb_store_info, 440) \
 		FIELD(pmskb_store_info, uuid, 0, 16) \
 		FIELD(pmskb_store_info, label, 16, 32) \
 		FIELD(pmskb_store_info, minor, 48, 4) \
@@ -94,19 +95,49 @@
 		FIELD(pmskb_store_info, data_off, 88, 8) \
 		FIELD(pmskb_store_info, frames_total, 96, 8) \
 		FIELD(pmskb_store_info, frames_free, 104, 8) \
-		FIELD(pmskb_store_info, frames_meta, 112, 8) \
+		FIELD(pmskb_store_info, frames_payload, 112, 8) \
 		FIELD(pmskb_store_info, frames_record, 120, 8) \
-		FIELD(pmskb_store_info, frames_limbo, 128, 8) \
-		FIELD(pmskb_store_info, frames_bad, 136, 8) \
-		FIELD(pmskb_store_info, heads_total, 144, 8) \
-		FIELD(pmskb_store_info, heads_free, 152, 8) \
-		FIELD(pmskb_store_info, records, 160, 8) \
-		FIELD(pmskb_store_info, keys, 168, 8) \
-		FIELD(pmskb_store_info, live_bytes, 176, 8) \
-		FIELD(pmskb_store_info, durable_seq, 184, 8) \
-		FIELD(pmskb_store_info, sockets, 192, 8) \
-		FIELD(pmskb_store_info, tokens, 200, 8) \
-		FIELD(pmskb_store_info, lines_flushed, 208, 8) \
-		FIELD(pmskb_store_info, fences, 216, 8) \
-		FIELD(pmskb_store_info, submits, 224, 8) \
-		FIELD(pmskb_store_info, counters, 232, 128)
+		FIELD(pmskb_store_info, frames_list, 128, 8) \
+		FIELD(pmskb_store_info, frames_index, 136, 8) \
+		FIELD(pmskb_store_info, frames_held, 144, 8) \
+		FIELD(pmskb_store_info, frames_limbo, 152, 8) \
+		FIELD(pmskb_store_info, frames_bad, 160, 8) \
+		FIELD(pmskb_store_info, frames_reserve, 168, 8) \
+		FIELD(pmskb_store_info, heads_total, 176, 8) \
+		FIELD(pmskb_store_info, heads_free, 184, 8) \
+		FIELD(pmskb_store_info, records, 192, 8) \
+		FIELD(pmskb_store_info, keys, 200, 8) \
+		FIELD(pmskb_store_info, live_bytes, 208, 8) \
+		FIELD(pmskb_store_info, record_bytes, 216, 8) \
+		FIELD(pmskb_store_info, fragmented_bytes, 224, 8) \
+		FIELD(pmskb_store_info, reclaimable_bytes, 232, 8) \
+		FIELD(pmskb_store_info, trunc_seq, 240, 8) \
+		FIELD(pmskb_store_info, moved_records, 248, 8) \
+		FIELD(pmskb_store_info, moved_bytes, 256, 8) \
+		FIELD(pmskb_store_info, durable_seq, 264, 8) \
+		FIELD(pmskb_store_info, sockets, 272, 8) \
+		FIELD(pmskb_store_info, tokens, 280, 8) \
+		FIELD(pmskb_store_info, lines_flushed, 288, 8) \
+		FIELD(pmskb_store_info, fences, 296, 8) \
+		FIELD(pmskb_store_info, submits, 304, 8) \
+		FIELD(pmskb_store_info, counters, 312, 128) \
+	STRUCT(pmskb_compact, 48) \
+		FIELD(pmskb_compact, from, 0, 8) \
+		FIELD(pmskb_compact, steps, 8, 4) \
+		FIELD(pmskb_compact, done, 12, 4) \
+		FIELD(pmskb_compact, records, 16, 8) \
+		FIELD(pmskb_compact, bytes, 24, 8) \
+		FIELD(pmskb_compact, reserved, 32, 16) \
+	STRUCT(pmskb_scrub_bad, 16) \
+		FIELD(pmskb_scrub_bad, seq, 0, 8) \
+		FIELD(pmskb_scrub_bad, error, 8, 4) \
+		FIELD(pmskb_scrub_bad, reserved, 12, 4) \
+	STRUCT(pmskb_scrub, 64) \
+		FIELD(pmskb_scrub, from, 0, 8) \
+		FIELD(pmskb_scrub, max_bytes, 8, 8) \
+		FIELD(pmskb_scrub, bad, 16, 8) \
+		FIELD(pmskb_scrub, nr_bad, 24, 4) \
+		FIELD(pmskb_scrub, done, 28, 4) \
+		FIELD(pmskb_scrub, records, 32, 8) \
+		FIELD(pmskb_scrub, bytes, 40, 8) \
+		FIELD(pmskb_scrub, reserved, 48, 16)

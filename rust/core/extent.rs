@@ -69,6 +69,15 @@ impl Extent {
         };
         (first..end).map_while(|number| u32::try_from(number).ok().map(Frame))
     }
+
+    /// As [`frames`](Self::frames), with how many of its bytes are in each.
+    pub fn parts(self) -> impl Iterator<Item = (Frame, u32)> {
+        self.frames().map(move |frame| {
+            let from = self.off.max(frame.off());
+            let to = self.end().min(frame.off().saturating_add(FRAME_SIZE));
+            (frame, to.saturating_sub(from) as u32)
+        })
+    }
 }
 
 /// Extents as they are stored: adjacent ones merged, none above [`MAX_EXTENT`].

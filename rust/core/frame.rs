@@ -12,7 +12,7 @@
 //! bitmap), or bounded by a budget, so that it may run in softirq context under
 //! the host's lock.
 
-use super::{Buf, Error, Extent, Frame, Result};
+use super::{Buf, Error, Extent, Frame, Result, FRAME_SIZE};
 
 /// What a frame is used for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,36 +44,66 @@ pub struct Counts {
     pub held: u32,
     /// See [`FrameState::Bad`].
     pub bad: u32,
+    /// Frames with bytes that records use.
+    pub payload: u32,
+    /// Bytes of those frames that no record uses. Bytes that several records use
+    /// count once for each, as far as that fits the frame.
+    pub slack: u64,
 }
 
 /// The commit side's view of the allocator. The host wraps a [`FrameTable`] in
 /// its lock and adds how to tell that a frame's page is idle.
 pub trait Frames {
-    /// A frame with one hold, or none when the store is full.
-    fn alloc(&self) -> Option<Frame>;
+    /// A frame with one hold, after `near` if that is free; none when the store is
+    /// full but for its reserve, or with [`Need::Reserve`] when it is full.
+    fn alloc(&self, near: Option<Frame>, need: Need) -> Option<Frame>;
 
-    /// One more hold. [`Error::Invalid`] if the frame is free or not a data frame.
-    fn hold(&self, frame: Frame) -> Result<()>;
+    /// One more hold, by which a record uses `bytes` of the frame (0: it is not
+    /// payload). [`Error::Invalid`] if the frame is free or not a data frame.
+    fn hold(&self, frame: Frame, bytes: u32) -> Result<()>;
 
-    /// One hold less; how many are left. With the last, the frame enters limbo.
-    fn unhold(&self, frame: Frame) -> Result<u32>;
+    /// One hold less, which was for `bytes`; how many are left. With the last, the
+    /// frame enters limbo.
+    fn unhold(&self, frame: Frame, bytes: u32) -> Result<u32>;
 
-    /// At recovery: a frame is found in use. One hold more, even if it was free.
-    fn claim(&self, frame: Frame) -> Result<()>;
+    /// At recovery: a frame is found in use. As [`hold`](Self::hold), even if it
+    /// was free.
+    fn claim(&self, frame: Frame, bytes: u32) -> Result<()>;
+
+    /// Bytes of the frame that records use.
+    fn used(&self, frame: Frame) -> u32;
+
+    /// Whether anybody holds the frame.
+    fn held(&self, frame: Frame) -> bool;
+}
+
+/// How badly a frame is needed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Need {
+    /// For something new: the reserve stays.
+    New,
+    /// To recover, or to give more back than is taken.
+    Reserve,
 }
 
 impl<F: Frames + ?Sized> Frames for &F {
-    fn alloc(&self) -> Option<Frame> {
-        (**self).alloc()
+    fn alloc(&self, near: Option<Frame>, need: Need) -> Option<Frame> {
+        (**self).alloc(near, need)
     }
-    fn hold(&self, frame: Frame) -> Result<()> {
-        (**self).hold(frame)
+    fn hold(&self, frame: Frame, bytes: u32) -> Result<()> {
+        (**self).hold(frame, bytes)
     }
-    fn unhold(&self, frame: Frame) -> Result<u32> {
-        (**self).unhold(frame)
+    fn unhold(&self, frame: Frame, bytes: u32) -> Result<u32> {
+        (**self).unhold(frame, bytes)
     }
-    fn claim(&self, frame: Frame) -> Result<()> {
-        (**self).claim(frame)
+    fn claim(&self, frame: Frame, bytes: u32) -> Result<()> {
+        (**self).claim(frame, bytes)
+    }
+    fn used(&self, frame: Frame) -> u32 {
+        (**self).used(frame)
+    }
+    fn held(&self, frame: Frame) -> bool {
+        (**self).held(frame)
     }
 }
 
@@ -81,18 +111,25 @@ impl<F: Frames + ?Sized> Frames for &F {
 pub(super) fn hold_all<F: Frames>(
     frames: &F,
     extents: impl Iterator<Item = Extent> + Clone,
-    take: impl Fn(&F, Frame) -> Result<()>,
+    take: impl Fn(&F, Frame, u32) -> Result<()>,
 ) -> Result<()> {
-    let all = || extents.clone().flat_map(Extent::frames);
-    for (done, frame) in all().enumerate() {
-        if let Err(error) = take(frames, frame) {
-            for frame in all().take(done) {
-                let _ = frames.unhold(frame);
+    let all = || extents.clone().flat_map(Extent::parts);
+    for (done, (frame, bytes)) in all().enumerate() {
+        if let Err(error) = take(frames, frame, bytes) {
+            for (frame, bytes) in all().take(done) {
+                let _ = frames.unhold(frame, bytes);
             }
             return Err(error);
         }
     }
     Ok(())
+}
+
+/// Gives back what [`hold_all`] took.
+pub(super) fn unhold_all<F: Frames>(frames: &F, extents: impl Iterator<Item = Extent>) {
+    for (frame, bytes) in extents.flat_map(Extent::parts) {
+        let _ = frames.unhold(frame, bytes);
+    }
 }
 
 /// A frame's entry: 29 bits of holds, 3 bits of state, 32 bits of limbo link
@@ -150,7 +187,8 @@ const LEVELS: usize = 6;
 ///   higher level exactly where the word below is not 0.
 /// - The limbo list links exactly the frames whose state is Limbo, plus those
 ///   that became Bad while in it.
-/// - `counts` are the numbers of entries by state.
+/// - `counts` are the numbers of entries by state, `payload` of those with used
+///   bytes, `slack` the sum of what those lack of a whole frame.
 pub struct FrameTable<B> {
     buf: B,
     first: u32,
@@ -160,6 +198,8 @@ pub struct FrameTable<B> {
     /// Index + 1 of the first and last frame in limbo, or 0.
     head: u32,
     tail: u32,
+    /// Free frames that only [`Need::Reserve`] gets.
+    reserve: u32,
     counts: Counts,
 }
 
@@ -171,6 +211,11 @@ fn level_words(count: u32, level: usize) -> usize {
 impl<B: Buf> FrameTable<B> {
     /// 64-bit words that a table of `count` frames needs.
     pub fn words(count: u32) -> usize {
+        Self::used_base(count).saturating_add((count as usize).div_ceil(2))
+    }
+
+    /// The word where the numbers of used bytes start, two in each.
+    fn used_base(count: u32) -> usize {
         (0..LEVELS).fold(count as usize, |words, level| {
             words.saturating_add(level_words(count, level))
         })
@@ -189,6 +234,7 @@ impl<B: Buf> FrameTable<B> {
             cursor: 0,
             head: 0,
             tail: 0,
+            reserve: (count / 128).clamp(4, 512),
             counts: Counts {
                 total: count,
                 free: count,
@@ -320,21 +366,65 @@ impl<B: Buf> FrameTable<B> {
         u32::try_from(at).ok().filter(|at| *at < self.count)
     }
 
+    /// Bytes of a frame that records use.
+    pub fn used(&self, frame: Frame) -> u32 {
+        self.index(frame).map_or(0, |index| {
+            let word = self.buf.get(Self::used_base(self.count) + index as usize / 2);
+            (word.copied().unwrap_or(0) >> (index % 2 * 32)) as u32
+        })
+    }
+
+    /// A record uses so many bytes more, or less.
+    fn change_used(&mut self, index: u32, more: u32, less: u32) {
+        if more == less {
+            return;
+        }
+        let before = self.used(Frame(self.first + index));
+        let now = before.saturating_add(more).saturating_sub(less);
+        let at = Self::used_base(self.count) + index as usize / 2;
+        if let Some(word) = self.buf.get_mut(at) {
+            let shift = index % 2 * 32;
+            *word = *word & !(0xffff_ffff << shift) | (u64::from(now) << shift);
+        }
+        let slack = |used: u32| match used {
+            0 => 0,
+            used => FRAME_SIZE.saturating_sub(used.into()),
+        };
+        let counts = &mut self.counts;
+        counts.slack = (counts.slack + slack(now)).saturating_sub(slack(before));
+        counts.payload = (counts.payload + u32::from(now > 0))
+            .saturating_sub(u32::from(before > 0));
+    }
+
+    /// Free frames that only [`Need::Reserve`] gets.
+    pub fn reserve(&self) -> u32 {
+        self.reserve
+    }
+
     /// A free frame, now Owned with one hold: the one after `near` if that is
-    /// free, else the next one. Reclaims from limbo, a bounded number; `idle`
+    /// free, else the next one. None if no more than the reserve is left and
+    /// `need` is for something new. Reclaims from limbo, a bounded number; `idle`
     /// says whether nobody outside looks at a frame's page any more (in the
     /// kernel: `page_ref_freeze()` succeeds).
     pub fn alloc(
         &mut self,
         near: Option<Frame>,
+        need: Need,
         mut idle: impl FnMut(Frame) -> bool,
     ) -> Option<Frame> {
+        let spare = match need {
+            Need::New => self.reserve,
+            Need::Reserve => 0,
+        };
         // A little each time, so that frames come back while their lines are still
         // in a cache; more when they are needed.
         let short = self.counts.free < self.counts.total / 64 + 1;
         self.reclaim(if short { 32 } else { 2 }, &mut idle);
-        if self.counts.free == 0 {
+        if self.counts.free <= spare {
             self.reclaim(256, &mut idle);
+            if self.counts.free <= spare {
+                return None;
+            }
         }
         let near = near
             .and_then(|near| near.0.checked_add(1))
@@ -350,8 +440,9 @@ impl<B: Buf> FrameTable<B> {
         Some(Frame(self.first + index))
     }
 
-    /// One more hold. [`Error::Invalid`] if the frame is free or none of these.
-    pub fn hold(&mut self, frame: Frame) -> Result<()> {
+    /// One more hold, by which a record uses `bytes` of it. [`Error::Invalid`] if
+    /// the frame is free or none of these.
+    pub fn hold(&mut self, frame: Frame, bytes: u32) -> Result<()> {
         let index = self.index(frame)?;
         let entry = self.entry(index);
         if entry.state() == FrameState::Free {
@@ -360,12 +451,13 @@ impl<B: Buf> FrameTable<B> {
         // Sticks at the maximum: the frame is then never given out again.
         let holds = (entry.holds() + 1).min(MAX_HOLDS);
         self.set(index, entry.with_holds(holds));
+        self.change_used(index, bytes, 0);
         Ok(())
     }
 
-    /// One hold less; how many are left. With the last one the frame enters
-    /// limbo. [`Error::Invalid`] if there was none.
-    pub fn unhold(&mut self, frame: Frame) -> Result<u32> {
+    /// One hold less, which was for `bytes`; how many are left. With the last one
+    /// the frame enters limbo. [`Error::Invalid`] if there was none.
+    pub fn unhold(&mut self, frame: Frame, bytes: u32) -> Result<u32> {
         let index = self.index(frame)?;
         let entry = self.entry(index);
         let holds = match entry.holds() {
@@ -373,6 +465,7 @@ impl<B: Buf> FrameTable<B> {
             MAX_HOLDS => return Ok(MAX_HOLDS),
             holds => holds - 1,
         };
+        self.change_used(index, 0, bytes);
         self.set(index, entry.with_holds(holds));
         if holds == 0 && matches!(entry.state(), FrameState::Owned | FrameState::Held) {
             self.change(index, FrameState::Limbo);
@@ -384,7 +477,7 @@ impl<B: Buf> FrameTable<B> {
     /// The owner of a frame lets go of it: [`unhold`](Self::unhold), and the frame
     /// enters limbo even if others hold it, so that it is looked at once more.
     pub fn leave(&mut self, frame: Frame) -> Result<u32> {
-        let holds = self.unhold(frame)?;
+        let holds = self.unhold(frame, 0)?;
         let index = self.index(frame)?;
         if self.entry(index).state() == FrameState::Owned {
             self.change(index, FrameState::Limbo);
@@ -394,12 +487,12 @@ impl<B: Buf> FrameTable<B> {
     }
 
     /// At recovery: the frame is in use. One hold more, even if it was free.
-    pub fn claim(&mut self, frame: Frame) -> Result<()> {
+    pub fn claim(&mut self, frame: Frame, bytes: u32) -> Result<()> {
         let index = self.index(frame)?;
         if self.entry(index).state() == FrameState::Free {
             self.change(index, FrameState::Held);
         }
-        self.hold(frame)
+        self.hold(frame, bytes)
     }
 
     /// Never gives the frame out again. Holds on it stay as they are.

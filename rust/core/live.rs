@@ -19,6 +19,9 @@ pub(super) const RECORDS: u64 = LIVE_OFF + 40;
 pub(super) const KEYS: u64 = LIVE_OFF + 48;
 pub(super) const LIVE_BYTES: u64 = LIVE_OFF + 56;
 pub(super) const UUID: u64 = LIVE_OFF + 64;
+pub(super) const TRUNC_SEQ: u64 = LIVE_OFF + 80;
+/// Odd while the records of an atomic batch come into view.
+pub(super) const SNAPSHOT: u64 = LIVE_OFF + 88;
 
 /// The counters of the live page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -33,6 +36,8 @@ pub struct Live {
     pub keys: u64,
     /// Payload bytes of live records.
     pub live_bytes: u64,
+    /// Records without a key up to this one are gone.
+    pub trunc_seq: u64,
     /// Of the store.
     pub uuid: [u8; 16],
 }
@@ -51,6 +56,7 @@ impl Live {
             records: pm.load(RECORDS)?,
             keys: pm.load(KEYS)?,
             live_bytes: pm.load(LIVE_BYTES)?,
+            trunc_seq: pm.load(TRUNC_SEQ)?,
             uuid,
         })
     }
@@ -65,6 +71,8 @@ pub(super) fn clear<P: Pmem>(pm: &P) -> Result<()> {
 pub(super) fn begin<P: Pmem>(pm: &P, sb: &Superblock, durable_seq: u64) -> Result<()> {
     pm.write(UUID, &sb.uuid)?;
     pm.store(EPOCH, sb.attaches)?;
+    pm.store(TRUNC_SEQ, sb.trunc_seq)?;
+    pm.store(SNAPSHOT, 0)?;
     pm.store(DURABLE_SEQ, durable_seq)
 }
 

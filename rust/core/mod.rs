@@ -19,13 +19,18 @@
 //! | `record.rs` | records, record frames, extent lists |
 //! | `node.rs` | index nodes: layout, search, the pool they come from |
 //! | `tree.rs` | the two B+trees made of them |
+//! | `batch.rs` | words that are stored all or none |
 //! | `store.rs` | put, delete, commit |
+//! | `space.rs` | giving space back; truncation |
+//! | `compact.rs` | moving what is alive out of frames with little in them |
 //! | `recover.rs` | from the records on the media to a store |
 //! | `reader.rs` | lock-free readers of a mapping |
 //!
 //! Locking: none in here. A [`Store`] has one writer at a time (the host holds a
 //! mutex); [`Reader`]s need no lock. [`FrameTable`] is wrapped in the host's lock.
 
+mod batch;
+mod compact;
 mod compose;
 pub mod csum;
 mod extent;
@@ -36,21 +41,23 @@ mod pmem;
 mod reader;
 mod record;
 mod recover;
+mod space;
 mod store;
 mod superblock;
 mod tree;
 
 pub use self::{
+    compact::Compacted,
     compose::{compose, Composed, Packet, Piece},
     extent::{Extent, Frame, Packer, MAX_EXTENT},
-    frame::{Counts, FrameState, FrameTable, Frames},
+    frame::{Counts, FrameState, FrameTable, Frames, Need},
     live::{Live, LIVE_OFF},
     pmem::{crc32c_software, Buf, Pmem},
     reader::{Direction, Reader},
     record::{
         Addrs, CsumKind, Extents, Flow, Key, Locator, Meta, PutMode, Record, TimeSource, Verdict,
     },
-    recover::{RecoverOptions, Report},
+    recover::{IndexEntry, RecoverOptions, Report},
     store::{PutArgs, PutOutcome, Stats, Store},
     superblock::{
         format, looks_blank, probe, FormatParams, Geometry, HeadArea, Probe, Superblock,
@@ -68,7 +75,8 @@ pub const MAX_KEY: usize = 1024;
 pub const MAX_OBJECT: u64 = 1 << 30;
 /// Most extents of one object, after adjacent ones are merged.
 pub const MAX_EXTENTS: u32 = 1 << 18;
-/// Most operations staged at once; one more commits those before it.
+/// Most operations staged at once; one more commits those before it, unless they
+/// are to be atomic.
 pub const MAX_STAGED: usize = 1024;
 
 /// Why an operation failed. The kernel maps each to one errno.
@@ -80,6 +88,8 @@ pub enum Error {
     Exists,
     /// There is no such record (ENOENT).
     NotFound,
+    /// The key's record is another one (ESTALE).
+    Stale,
     /// The key or label is too long (ENAMETOOLONG).
     TooLong,
     /// The object or region is too large, or has too many extents (EFBIG).
@@ -100,6 +110,8 @@ pub enum Error {
     Invalid,
     /// The store may only be read (EROFS).
     ReadOnly,
+    /// The host has no memory for this (ENOMEM).
+    NoMemory,
 }
 
 /// What operations of the core return.

@@ -20,7 +20,7 @@
 //! (`find`) see an odd or a new version if they see anything new. A version
 //! is never used twice.
 
-use super::frame::Frames;
+use super::frame::{Frames, Need};
 use super::record::{key_of, KeySrc};
 use super::{Error, Frame, Pmem, Result, FRAME_SIZE};
 use core::cmp::Ordering;
@@ -293,9 +293,10 @@ impl Pool {
         pm: &P,
         frames: &F,
         want: u64,
+        need: Need,
     ) -> Result<()> {
         while self.free < want {
-            let frame = frames.alloc().ok_or(Error::NoSpace)?.off();
+            let frame = frames.alloc(None, need).ok_or(Error::NoSpace)?.off();
             let empty = Head {
                 count: 0,
                 level: 0,
@@ -367,7 +368,7 @@ impl Pool {
             }
             self.free -= 4;
             self.frames = self.frames.saturating_sub(1);
-            frames.unhold(Frame::of(frame).ok_or(Error::Damaged)?)?;
+            frames.unhold(Frame::of(frame).ok_or(Error::Damaged)?, 0)?;
         }
         Ok(())
     }

@@ -132,14 +132,24 @@ fn log_frame<P: Pmem>(
 }
 
 /// Whether a record is its key's, and not one that is replaced but not yet
-/// killed.
+/// killed; or, without a key, not truncated.
 fn current<P: Pmem>(view: &View<'_, P>, record: &Record) -> Result<bool> {
+    let pm = view.pm;
     if !record.keyed() {
-        return Ok(true);
+        return Ok(record.seq > pm.load(live::TRUNC_SEQ)?);
     }
-    let key = key_of(view.pm, record.loc.0)?;
-    let found = find(view.pm, Kind::Keys, live::KEY_ROOT, &key, Goal::Exact)?;
-    Ok(found.is_some_and(|found| found.loc == record.loc.0))
+    for _ in 0..TRIES {
+        let key = key_of(pm, record.loc.0)?;
+        let Some(found) = find(pm, Kind::Keys, live::KEY_ROOT, &key, Goal::Exact)? else {
+            return Ok(false);
+        };
+        // By number: compaction may have moved one of the two.
+        let seq = pm.load(found.loc.saturating_add(8))?;
+        if found.still(pm)? {
+            return Ok(seq == record.seq);
+        }
+    }
+    Err(Error::Busy)
 }
 
 /// Keeps a reader out of what is not mapped.
@@ -224,6 +234,24 @@ impl<P: Pmem> Reader<P> {
             geo: &self.sb.geometry,
             uuid: &self.sb.uuid,
         }
+    }
+
+    /// Calls `look` until nothing of an atomic batch came into view meanwhile: what
+    /// it read then, of any number of records, was there at one instant, as far as
+    /// batches go. [`Error::Busy`] if batches come too often.
+    pub fn snapshot<T>(&self, mut look: impl FnMut(&Self) -> Result<T>) -> Result<T> {
+        for _ in 0..TRIES {
+            let tick = self.pm.load(live::SNAPSHOT)?;
+            if tick & 1 == 0 {
+                let seen = look(self);
+                core::sync::atomic::fence(core::sync::atomic::Ordering::Acquire);
+                if self.pm.load(live::SNAPSHOT)? == tick {
+                    return seen;
+                }
+            }
+            core::hint::spin_loop();
+        }
+        Err(Error::Busy)
     }
 
     /// The record with `key`.

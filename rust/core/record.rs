@@ -259,7 +259,12 @@ fn crc_of<P: Pmem>(pm: &P, mut crc: u32, key: &KeySrc<'_>) -> Result<u32> {
 
 /// The key of the record at `loc`, which is known to be a valid one.
 pub(super) fn key_of<P: Pmem>(pm: &P, loc: u64) -> Result<KeySrc<'static>> {
-    let flags = (pm.load(loc)? >> 48) as u16;
+    key_by(pm, loc, pm.load(loc)?)
+}
+
+/// The same for one whose first word is `word` and may not be stored yet.
+pub(super) fn key_by<P: Pmem>(pm: &P, loc: u64, word: u64) -> Result<KeySrc<'static>> {
+    let flags = (word >> 48) as u16;
     let len = usize::from((pm.load(loc.saturating_add(24))? >> 48) as u16);
     let at = loc.saturating_add(key_at(flags));
     if len > MAX_KEY {
@@ -290,7 +295,8 @@ pub(super) struct FrameHeader {
 }
 
 impl FrameHeader {
-    /// A header whose nonce nobody can know who does not know the salt.
+    /// A header whose nonce nobody can know who does not know the salt, and that
+    /// no other frame had: `epoch` is never used twice in a store.
     pub(super) fn new<P: Pmem>(pm: &P, salt: u64, off: u64, base_seq: u64, epoch: u64) -> Self {
         let mut nonce = pm.crc32c(0, &salt.to_le_bytes());
         for word in [off, base_seq, epoch] {
@@ -305,8 +311,15 @@ impl FrameHeader {
         }
     }
 
-    /// Writes the header and starts its write-back.
-    pub(super) fn write<P: Pmem>(&self, pm: &P, uuid: &[u8; 16], epoch: u64) -> Result<()> {
+    /// Writes the header and starts its write-back, but for its first word if it
+    /// is not to be valid `now`. Returns that word.
+    pub(super) fn write<P: Pmem>(
+        &self,
+        pm: &P,
+        uuid: &[u8; 16],
+        epoch: u64,
+        now: bool,
+    ) -> Result<u64> {
         let mut raw = [0u8; LINE_SIZE as usize];
         put(&mut raw, 4, &FRAME_MAGIC.to_le_bytes())?;
         put(&mut raw, 8, &self.off.to_le_bytes())?;
@@ -316,11 +329,15 @@ impl FrameHeader {
         put(&mut raw, 48, &self.nonce.to_le_bytes())?;
         let crc = pm.crc32c(0, raw.get(4..).ok_or(Error::Invalid)?);
         put(&mut raw, 0, &crc.to_le_bytes())?;
-        pm.write(self.off, &raw)?;
-        if cfg!(pmskb_break = "header_flush") {
-            return Ok(());
+        let word = get_u64(&raw, 0)?;
+        if !now {
+            put(&mut raw, 0, &[0; 8])?;
         }
-        pm.flush(self.off, LINE_SIZE)
+        pm.write(self.off, &raw)?;
+        if !cfg!(pmskb_break = "header_flush") {
+            pm.flush(self.off, LINE_SIZE)?;
+        }
+        Ok(word)
     }
 
     /// Reads the header of the record frame at `off`; [`Error::Damaged`] if it
@@ -485,7 +502,8 @@ fn parse_put<P: Pmem>(
         };
         crc = crc_of(pm, crc, &key)?;
     }
-    if crc != word as u32 || get_u64(&raw, 0)? != word {
+    let crc_right = crc == word as u32 || cfg!(pmskb_break = "record_crc");
+    if !crc_right || get_u64(&raw, 0)? != word {
         return Ok(wrong);
     }
     decode(pm, loc, &raw, header.nonce).map(Line::Put)
@@ -537,8 +555,14 @@ fn decode<P: Pmem>(pm: &P, loc: Locator, raw: &[u8], nonce: u32) -> Result<Recor
 
 /// Reads a record without checking it: one that was valid, and is dead now.
 pub(super) fn read_dead<P: Pmem>(pm: &P, loc: Locator) -> Result<Record> {
+    read_staged(pm, loc, pm.load(loc.0)?)
+}
+
+/// The same for one whose first word is `word` and was not stored.
+pub(super) fn read_staged<P: Pmem>(pm: &P, loc: Locator, word: u64) -> Result<Record> {
     let mut raw = [0u8; LINE_SIZE as usize];
     pm.read(loc.0, &mut raw)?;
+    put(&mut raw, 0, &word.to_le_bytes())?;
     let nonce = pm.load(loc.frame_off().saturating_add(48))? as u32;
     decode(pm, loc, &raw, nonce)
 }
@@ -582,7 +606,9 @@ fn lines_for(flags: u16, key_len: u16, nr_extents: u32) -> u64 {
 
 /// What [`write`] needs to be told of a record.
 pub(super) struct Draft<'a> {
-    pub(super) key: Key<'a>,
+    pub(super) key: Option<KeySrc<'a>>,
+    /// Where the key lies, if the record shall refer to it.
+    pub(super) key_extent: Option<Extent>,
     pub(super) extents: &'a [Extent],
     pub(super) meta: &'a Meta,
     pub(super) len: u32,
@@ -597,6 +623,40 @@ impl<'a> Draft<'a> {
     pub(super) fn new(
         geo: &Geometry,
         key: Key<'a>,
+        extents: &'a [Extent],
+        meta: &'a Meta,
+    ) -> Result<Self> {
+        let (key, key_extent) = match key {
+            Key::None => (None, None),
+            Key::Bytes(bytes) => (Some(KeySrc::Bytes(bytes)), None),
+            Key::Extent(extent) => {
+                geo.check_extent(extent)?;
+                let (off, len) = (extent.off, extent.len as usize);
+                (Some(KeySrc::Pm { off, len }), Some(extent))
+            }
+        };
+        Self::measure(geo, key, key_extent, extents, meta)
+    }
+
+    /// The same for a record that there is already, with its bytes elsewhere.
+    pub(super) fn again<P: Pmem>(
+        pm: &P,
+        geo: &Geometry,
+        record: &'a Record,
+        key_extent: Option<Extent>,
+        extents: &'a [Extent],
+    ) -> Result<Self> {
+        let key = match record.keyed() {
+            true => Some(key_of(pm, record.loc.0)?),
+            false => None,
+        };
+        Self::measure(geo, key, key_extent, extents, &record.meta)
+    }
+
+    fn measure(
+        geo: &Geometry,
+        key: Option<KeySrc<'a>>,
+        key_extent: Option<Extent>,
         extents: &'a [Extent],
         meta: &'a Meta,
     ) -> Result<Self> {
@@ -618,22 +678,13 @@ impl<'a> Draft<'a> {
             Some(Addrs::V4 { .. }) => 1 << 4,
             Some(Addrs::V6 { .. }) => 2 << 4,
         };
-        let key_len = match key {
-            Key::None => 0,
-            Key::Bytes(bytes) => {
-                flags |= F_KEYED;
-                bytes.len()
-            }
-            Key::Extent(extent) => {
-                flags |= F_KEYED | F_KEY_EXTENT;
-                geo.check_extent(extent)?;
-                extent.len as usize
-            }
-        };
+        let key_len = key.map_or(0, |key| key.len());
         if key_len > MAX_KEY {
             return Err(Error::TooLong);
         }
         for (flag, set) in [
+            (F_KEYED, key.is_some()),
+            (F_KEY_EXTENT, key_extent.is_some()),
             (F_EXT_LIST, nr_extents > MAX_INLINE),
             (F_COPIED, meta.copied),
             (F_PAYLOAD_CRC, meta.payload_crc.is_some()),
@@ -643,6 +694,7 @@ impl<'a> Draft<'a> {
         }
         Ok(Draft {
             key,
+            key_extent,
             extents,
             meta,
             len: len as u32,
@@ -659,17 +711,6 @@ impl<'a> Draft<'a> {
             self.nr_extents.div_ceil(PER_LIST)
         } else {
             0
-        }
-    }
-
-    pub(super) fn key_src(&self) -> Option<KeySrc<'a>> {
-        match self.key {
-            Key::None => None,
-            Key::Bytes(bytes) => Some(KeySrc::Bytes(bytes)),
-            Key::Extent(extent) => Some(KeySrc::Pm {
-                off: extent.off,
-                len: extent.len as usize,
-            }),
         }
     }
 }
@@ -694,6 +735,19 @@ impl<P: Pmem> LineWriter<'_, P> {
             if self.used == self.line.len() {
                 self.end_line()?;
             }
+        }
+        Ok(())
+    }
+
+    /// A key, padded to a multiple of 8.
+    fn key(&mut self, key: &KeySrc<'_>) -> Result<()> {
+        let mut at = 0;
+        while at < key.len() {
+            let mut part = [0u8; LINE_SIZE as usize];
+            let now = key.read(self.pm, at, &mut part)?;
+            let padded = now.next_multiple_of(8);
+            self.bytes(part.get(..padded).ok_or(Error::Invalid)?)?;
+            at += now;
         }
         Ok(())
     }
@@ -759,14 +813,10 @@ pub(super) fn write<P: Pmem>(
         out.bytes(remote)?;
         out.bytes(local)?;
     }
-    match draft.key {
-        Key::None => (),
-        Key::Extent(extent) => out.bytes(&extent.pack()?.to_le_bytes())?,
-        Key::Bytes(bytes) => {
-            out.bytes(bytes)?;
-            let pad = bytes.len().next_multiple_of(8) - bytes.len();
-            out.bytes([0u8; 8].get(..pad).ok_or(Error::Invalid)?)?;
-        }
+    match (draft.key_extent, &draft.key) {
+        (Some(extent), _) => out.bytes(&extent.pack()?.to_le_bytes())?,
+        (None, Some(key)) => out.key(key)?,
+        (None, None) => (),
     }
     if !listed {
         for extent in Packer::new(draft.extents).skip(1) {
@@ -775,8 +825,8 @@ pub(super) fn write<P: Pmem>(
     }
     out.end_line()?;
     let mut crc = out.crc;
-    if let (Key::Extent(_), Some(key)) = (draft.key, draft.key_src()) {
-        crc = crc_of(pm, crc, &key)?;
+    if let (Some(_), Some(key)) = (draft.key_extent, &draft.key) {
+        crc = crc_of(pm, crc, key)?;
     }
     put(&mut raw, 0, &crc.to_le_bytes())?;
     let word = get_u64(&raw, 0)?;

@@ -2,33 +2,38 @@
 
 //! A store: put, delete, commit.
 //!
-//! A batch costs two fences:
+//! A commit costs two fences:
 //!
 //! 1. put: payload, key and extent lists are written back; the record is
 //!    written, its first word 0. Before the first fence also the kills of records
-//!    that the batch before replaced, and the map words of frames opened.
-//! 2. *fence*: the kills are durable, and what they held is given back.
+//!    that the commit before replaced, and the map words of frames opened.
+//! 2. *fence*
 //! 3. The first word of each record is stored, those of deleted records are
 //!    overwritten; their lines are written back.
-//! 4. *fence*: all is durable. Then the index is changed.
+//! 4. *fence*: all is durable. What the kills of 1 held is given back; the index
+//!    is changed.
 //!
-//! A record that is replaced is killed one batch later, so that there is no
+//! A record that is replaced is killed one commit later, so that there is no
 //! instant at which a crash would leave neither. A record is never killed before
 //! the kills of older ones with its key are fenced: they could come back.
+//!
+//! Atomic: the words of 3 go into a batch area (`batch.rs`) before the first
+//! fence, and one word there is what 3 stores. They are stored in their places
+//! after the second.
 
-use super::frame::hold_all;
+use super::batch::{self, Batch};
+use super::frame::{hold_all, unhold_all, Need};
 use super::node::{Kind, Pool};
 use super::pmem::lines_of;
 use super::reader::{log_next, view, Direction, View};
 use super::record::{
-    key_of, kill_word, parse, read_dead, write, write_lists, Draft, FrameHeader, Key, KeySrc, Line,
-    Locator, Meta, PutMode, Record, LINES,
+    key_by, key_of, kill_word, parse, read_staged, write, write_lists, Draft, FrameHeader, Key,
+    KeySrc, Line, Locator, Meta, PutMode, Record, LINES,
 };
 use super::superblock::Superblock;
 use super::tree::{find, Goal, Tree};
 use super::{
-    live, Buf, Error, Extent, Frame, Frames, Geometry, Packer, Pmem, Result, FRAME_SIZE, LINE_SIZE,
-    MAX_STAGED,
+    live, Buf, Error, Extent, Frame, Frames, Geometry, Packer, Pmem, Result, LINE_SIZE, MAX_STAGED,
 };
 
 /// One object to persist; see [`Store::put`].
@@ -41,6 +46,8 @@ pub struct PutArgs<'a> {
     pub meta: Meta,
     /// What to do about a record with the same key.
     pub mode: PutMode,
+    /// Only if the key's record has this sequence number; 0: only if it has none.
+    pub if_seq: Option<u64>,
 }
 
 /// What [`Store::put`] did.
@@ -63,8 +70,12 @@ pub struct Stats {
     pub keys: u64,
     /// Payload bytes of live records.
     pub live_bytes: u64,
+    /// Lines of live records.
+    pub record_lines: u64,
     /// Highest sequence number known durable.
     pub durable_seq: u64,
+    /// Records without a key up to this one are gone.
+    pub trunc_seq: u64,
     /// Frames that hold records.
     pub record_frames: u64,
     /// Frames that hold extent lists.
@@ -73,17 +84,28 @@ pub struct Stats {
     pub index_frames: u64,
     /// Replaced records whose space comes back with the next commit.
     pub pending: u64,
+    /// Payload bytes of those.
+    pub pending_bytes: u64,
+    /// Of `record_frames`, those that are empty and come back with the next commit.
+    pub empty_frames: u64,
+    /// Truncated records whose space [`Store::drain`] has yet to give back.
+    pub draining: bool,
+    /// Records moved by compaction since recovery.
+    pub moved_records: u64,
+    /// Payload bytes moved by compaction since recovery.
+    pub moved_bytes: u64,
     /// Cache lines written back since recovery.
     pub lines_flushed: u64,
     /// Fences since recovery.
     pub fences: u64,
 }
 
-/// Records that are replaced and not yet killed, at most.
-const MAX_PENDING: usize = 1024;
-/// Record frames that are empty and not yet given back, at most: of one batch's
-/// puts, kills and deletes.
-const MAX_EMPTY: usize = 3 * MAX_STAGED;
+/// Records that are replaced and not yet killed, at most: of one commit, and what
+/// recovery finds between two fences.
+const MAX_PENDING: usize = MAX_STAGED;
+/// Record frames that are empty and not yet given back, at most: of one commit's
+/// kills, deletes and cancelled puts, and as many that wait for their fence.
+pub(super) const MAX_EMPTY: usize = 4 * MAX_STAGED;
 const HASH_SLOTS: usize = 2 * MAX_STAGED;
 
 // The parts of the working memory, in words.
@@ -94,24 +116,47 @@ const PENDING_AT: usize = HASH_AT + HASH_SLOTS;
 const EMPTY_AT: usize = PENDING_AT + MAX_PENDING;
 const WORK_WORDS: usize = EMPTY_AT + MAX_EMPTY;
 
+/// What waits for a commit.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kept {
+    Put,
+    Delete,
+    /// Nothing any more: a later operation on its key undid it.
+    Gone,
+}
+
 /// An operation that waits for its commit.
 #[derive(Clone, Copy)]
 struct Staged {
+    kept: Kept,
     /// The new record, or the one to delete.
     loc: u64,
-    delete: bool,
     /// What to store in its first word.
     word: u64,
     /// Hash of its key.
     hash: Option<u32>,
 }
 
+/// What is known of a key before an operation on it.
+#[derive(Default)]
+struct Now {
+    /// The key's hash, and its slot of the hash table.
+    hash: Option<(u32, usize)>,
+    /// The last staged operation on the key.
+    staged: Option<usize>,
+    /// Its committed record.
+    committed: Option<u64>,
+    /// Sequence number of the record that it has, all that is staged being done;
+    /// 0 if none.
+    seq: u64,
+}
+
 /// The frame that records are appended to.
 #[derive(Clone, Copy)]
-struct Open {
-    header: FrameHeader,
+pub(super) struct Open {
+    pub(super) header: FrameHeader,
     /// The next unused line.
-    line: u64,
+    pub(super) line: u64,
 }
 
 /// A store that is attached.
@@ -121,7 +166,7 @@ struct Open {
 pub struct Store<P, F, B> {
     pub(super) pm: P,
     pub(super) frames: F,
-    work: B,
+    pub(super) work: B,
     pub(super) geo: Geometry,
     pub(super) sb: Superblock,
     pub(super) keys: Tree,
@@ -129,18 +174,33 @@ pub struct Store<P, F, B> {
     pub(super) pool: Pool,
     pub(super) stats: Stats,
     pub(super) next_seq: u64,
-    open: Option<Open>,
+    pub(super) open: Option<Open>,
+    /// Record frames begun since recovery.
+    opened: u64,
     staged: usize,
-    /// Of them, puts with a key, and those that replace a record.
+    /// Of them, those that are not gone.
+    staged_kept: usize,
+    /// Of them, puts with a key.
     staged_keys: u64,
-    staged_replaces: usize,
-    pending: usize,
-    empty: usize,
+    /// What is staged is committed together or not at all.
+    atomic: bool,
+    /// The number of the next batch.
+    pub(super) batch_number: u64,
+    /// Where a batch is in force, whose words are stored and not yet fenced.
+    pub(super) batch: Option<u64>,
+    pub(super) pending: usize,
+    pub(super) empty: usize,
+    /// Records without a key up to this one were dead at recovery: they hold nothing.
+    pub(super) dead_seq: u64,
+    /// Where to go on giving back what was truncated: a base sequence number.
+    pub(super) drain_from: u64,
+    /// The frame that compaction copies payload into, and how much is used of it.
+    pub(super) fill: Option<(Frame, u64)>,
     /// Something was flushed since the last fence.
-    unfenced: bool,
+    pub(super) unfenced: bool,
     pub(super) read_only: bool,
     /// Index or media can no longer be trusted to be in step.
-    failed: bool,
+    pub(super) failed: bool,
 }
 
 impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
@@ -166,18 +226,25 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
             stats: Stats::default(),
             next_seq: 1,
             open: None,
+            opened: 0,
             staged: 0,
+            staged_kept: 0,
             staged_keys: 0,
-            staged_replaces: 0,
+            atomic: false,
+            batch_number: 0,
+            batch: None,
             pending: 0,
             empty: 0,
+            dead_seq: 0,
+            drain_from: 0,
+            fill: None,
             unfenced: false,
             read_only: false,
             failed: false,
         })
     }
 
-    fn writable(&self) -> Result<()> {
+    pub(super) fn writable(&self) -> Result<()> {
         if self.failed {
             return Err(Error::Io);
         }
@@ -197,6 +264,23 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         }
     }
 
+    pub(super) fn pending_at(&self, index: usize) -> Locator {
+        Locator(self.word(PENDING_AT + index))
+    }
+
+    pub(super) fn set_pending(&mut self, index: usize, loc: Locator) {
+        self.set_word(PENDING_AT + index, loc.0);
+    }
+
+    /// Offset of an empty record frame.
+    pub(super) fn empty_at(&self, index: usize) -> u64 {
+        self.word(EMPTY_AT + index)
+    }
+
+    pub(super) fn set_empty(&mut self, index: usize, off: u64) {
+        self.set_word(EMPTY_AT + index, off);
+    }
+
     pub(super) fn flush(&mut self, off: u64, len: u64) -> Result<()> {
         if len == 0 {
             return Ok(());
@@ -207,7 +291,7 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
     }
 
     /// Counts a flush that somebody else did.
-    fn note_flush(&mut self, off: u64, len: u64) {
+    pub(super) fn note_flush(&mut self, off: u64, len: u64) {
         self.unfenced = true;
         self.stats.lines_flushed += lines_of(off, len);
     }
@@ -230,7 +314,7 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
     }
 
     /// Fences, if anything was flushed since the last time.
-    fn fence(&mut self) {
+    pub(super) fn fence(&mut self) {
         if self.unfenced {
             self.pm.fence();
             self.stats.fences += 1;
@@ -240,78 +324,97 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
 
     // ---- staging ----
 
+    /// Commits what is staged, and makes what is staged from here to the next
+    /// [`commit`](Self::commit) all or nothing: across a crash, and for readers
+    /// that use [`Reader::snapshot`](super::Reader::snapshot). After an error of
+    /// one operation the caller decides: [`abort`](Self::abort), or go on without
+    /// it. At most [`MAX_STAGED`] operations, else [`Error::TooBig`].
+    pub fn begin_atomic(&mut self) -> Result<()> {
+        self.commit()?;
+        self.atomic = true;
+        Ok(())
+    }
+
+    /// Drops all that is staged, as if it had never been.
+    pub fn abort(&mut self) {
+        for index in 0..self.staged {
+            // What cannot be given back stays held until the next recovery.
+            let _ = self.cancel(index);
+        }
+        self.forget_staged();
+    }
+
     /// Stages one object: its bytes are written back, its frames held, its record
     /// written. Durable and visible only after [`commit`](Self::commit).
     ///
     /// The caller keeps the frames of the extents from being reused until this
     /// returns; from then on the store holds them itself.
     ///
-    /// A failed put leaves nothing behind. Operations on one key in one batch
-    /// behave as if they were committed one by one; so staging may commit what
-    /// was staged before it, also when space is short.
+    /// A failed put leaves nothing behind. Operations on one key behave as if they
+    /// were committed one by one. If they are not to be atomic, staging may commit
+    /// what was staged before: the operation after [`MAX_STAGED`], and when space
+    /// is short.
     ///
     /// [`Error::NoSpace`], [`Error::Exists`] and [`Error::NotFound`] by
-    /// `args.mode`, [`Error::TooLong`] for the key, [`Error::TooBig`],
-    /// [`Error::Invalid`] for extents that are not in use or outside the data
-    /// area, [`Error::ReadOnly`], [`Error::Io`].
+    /// `args.mode`, [`Error::Stale`] by `args.if_seq`, [`Error::TooLong`] for the
+    /// key, [`Error::TooBig`], [`Error::Invalid`] for extents that are not in use
+    /// or outside the data area, [`Error::ReadOnly`], [`Error::Io`].
     pub fn put(&mut self, args: &PutArgs<'_>) -> Result<PutOutcome> {
         self.writable()?;
         let draft = Draft::new(&self.geo, args.key, args.extents, &args.meta)?;
         if self.next_seq >= u64::MAX / 2 {
             return Err(Error::TooBig);
         }
-        let key = draft.key_src();
-        let hash = self.make_way(key.as_ref())?;
-        let replaced = match &key {
-            Some(key) => self.find_key(key)?.is_some(),
-            None => false,
-        };
+        let mut now = self.look(draft.key.as_ref())?;
+        let replaced = now.seq != 0;
         match args.mode {
             PutMode::Create if replaced => return Err(Error::Exists),
             PutMode::Replace if !replaced => return Err(Error::NotFound),
             _ => (),
         }
-        if replaced && self.pending + self.staged_replaces >= MAX_PENDING {
-            self.commit()?;
-            self.sync_pending()?;
+        if args.if_seq.is_some_and(|seq| seq != now.seq) {
+            return Err(Error::Stale);
         }
         let (loc, word, seq) = match self.stage(&draft) {
-            Err(Error::NoSpace) if self.staged + self.pending + self.empty > 0 => {
-                self.commit()?;
+            Err(Error::NoSpace) => {
+                if !self.atomic {
+                    self.commit()?;
+                    // What was staged is committed now.
+                    now = self.look(draft.key.as_ref())?;
+                }
                 self.sync_pending()?;
                 self.stage(&draft)?
             }
             other => other?,
         };
-        self.push_staged(Staged {
-            loc: loc.0,
-            delete: false,
-            word,
-            hash,
-        });
-        self.staged_keys += u64::from(key.is_some());
-        self.staged_replaces += usize::from(replaced);
+        if let Some(index) = now.staged {
+            self.cancel(index)?;
+        }
+        self.push_staged(Kept::Put, loc.0, word, &now);
+        self.staged_keys += u64::from(draft.key.is_some());
         Ok(PutOutcome { seq, loc, replaced })
     }
 
     /// Stages the removal of the record with `key`; returns the sequence number
-    /// of that record. Needs no space. [`Error::NotFound`] if there is none.
-    pub fn delete(&mut self, key: &[u8]) -> Result<u64> {
+    /// of that record. Needs no space. [`Error::NotFound`] if there is none,
+    /// [`Error::Stale`] if it is not `if_seq`.
+    pub fn delete(&mut self, key: &[u8], if_seq: Option<u64>) -> Result<u64> {
         self.writable()?;
-        let key = KeySrc::Bytes(key);
-        let hash = self.make_way(Some(&key))?;
-        let Some(loc) = self.find_key(&key)? else {
+        let now = self.look(Some(&KeySrc::Bytes(key)))?;
+        if now.seq == 0 {
             return Err(Error::NotFound);
-        };
-        let seq = self.pm.load(loc + 8)?;
-        let word = kill_word(&self.pm, Locator(loc))?;
-        self.push_staged(Staged {
-            loc,
-            delete: true,
-            word,
-            hash,
-        });
-        Ok(seq)
+        }
+        if if_seq.is_some_and(|seq| seq != now.seq) {
+            return Err(Error::Stale);
+        }
+        if let Some(index) = now.staged {
+            self.cancel(index)?;
+        }
+        if let Some(loc) = now.committed {
+            let word = kill_word(&self.pm, Locator(loc))?;
+            self.push_staged(Kept::Delete, loc, word, &now);
+        }
+        Ok(now.seq)
     }
 
     /// Operations staged and not yet committed.
@@ -319,31 +422,55 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         self.staged
     }
 
-    /// Sees to it that there is room for one more staged operation, and that none
-    /// with the same key is staged. Returns the key's hash.
-    fn make_way(&mut self, key: Option<&KeySrc<'_>>) -> Result<Option<u32>> {
+    /// Sees to it that there is room for one more staged operation, and looks at
+    /// what is known of its key.
+    fn look(&mut self, key: Option<&KeySrc<'_>>) -> Result<Now> {
         if self.staged >= MAX_STAGED {
+            if self.atomic {
+                return Err(Error::TooBig);
+            }
             self.commit()?;
         }
         let Some(key) = key else {
-            return Ok(None);
+            return Ok(Now::default());
         };
         let hash = key.hash(&self.pm)?;
-        if self.word(self.hash_slot(hash)) != 0 {
-            self.commit()?;
-        }
-        Ok(Some(hash))
+        let (slot, staged) = self.find_slot(key, hash)?;
+        let committed = self.find_key(key)?;
+        let of = match staged.map(|index| self.staged_at(index)) {
+            Some(staged) if staged.kept == Kept::Put => Some(staged.loc),
+            Some(_) => None,
+            None => committed,
+        };
+        Ok(Now {
+            hash: Some((hash, slot)),
+            staged,
+            committed,
+            seq: match of {
+                Some(loc) => self.pm.load(loc + 8)?,
+                None => 0,
+            },
+        })
     }
 
-    /// Where in the working memory the hash is, or would be.
-    fn hash_slot(&self, hash: u32) -> usize {
-        let wanted = u64::from(hash) | (1 << 32);
+    /// A key's slot in the hash table of what is staged: the one that names its
+    /// last operation, or the one where that would be put.
+    fn find_slot(&self, key: &KeySrc<'_>, hash: u32) -> Result<(usize, Option<usize>)> {
         let start = hash as usize % HASH_SLOTS;
         // At most half of the slots are in use.
-        (0..HASH_SLOTS)
-            .map(|step| HASH_AT + (start + step) % HASH_SLOTS)
-            .find(|slot| matches!(self.word(*slot), word if word == 0 || word == wanted))
-            .unwrap_or(HASH_AT)
+        for slot in (0..HASH_SLOTS).map(|step| HASH_AT + (start + step) % HASH_SLOTS) {
+            let Some(index) = self.word(slot).checked_sub(1) else {
+                return Ok((slot, None));
+            };
+            let staged = self.staged_at(index as usize);
+            if staged.hash == Some(hash) {
+                let other = key_by(&self.pm, staged.loc, staged.word)?;
+                if other.compare(&self.pm, key, usize::MAX)?.0.is_eq() {
+                    return Ok((slot, Some(index as usize)));
+                }
+            }
+        }
+        Err(Error::Damaged)
     }
 
     /// Clears the slots from a hash's first on. All hashes go at a time, so no
@@ -359,28 +486,77 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         }
     }
 
-    fn push_staged(&mut self, staged: Staged) {
-        if let Some(hash) = staged.hash {
-            let slot = self.hash_slot(hash);
-            self.set_word(slot, u64::from(hash) | (1 << 32));
+    fn push_staged(&mut self, kept: Kept, loc: u64, word: u64, now: &Now) {
+        let index = self.staged;
+        if let Some((_, slot)) = now.hash {
+            self.set_word(slot, index as u64 + 1);
         }
-        let at = STAGED_AT + self.staged * STAGED_WORDS;
-        self.set_word(at, staged.loc | u64::from(staged.delete));
+        self.set_staged(
+            index,
+            Staged {
+                kept,
+                loc,
+                word,
+                hash: now.hash.map(|(hash, _)| hash),
+            },
+        );
+        self.staged += 1;
+        self.staged_kept += 1;
+    }
+
+    fn set_staged(&mut self, index: usize, staged: Staged) {
+        let at = STAGED_AT + index * STAGED_WORDS;
+        // A record is at a multiple of 64.
+        let kept = match staged.kept {
+            Kept::Put => 0,
+            Kept::Delete => 1,
+            Kept::Gone => 2,
+        };
+        self.set_word(at, staged.loc | kept);
         self.set_word(at + 1, staged.word);
         let hash = staged.hash.map_or(0, |hash| u64::from(hash) | (1 << 32));
         self.set_word(at + 2, hash);
-        self.staged += 1;
     }
 
     fn staged_at(&self, index: usize) -> Staged {
         let at = STAGED_AT + index * STAGED_WORDS;
         let (loc, hash) = (self.word(at), self.word(at + 2));
         Staged {
-            loc: loc & !1,
-            delete: loc & 1 != 0,
+            kept: match loc & 3 {
+                0 => Kept::Put,
+                1 => Kept::Delete,
+                _ => Kept::Gone,
+            },
+            loc: loc & !3,
             word: self.word(at + 1),
             hash: (hash != 0).then_some(hash as u32),
         }
+    }
+
+    /// Undoes a staged operation. Its key's slot goes on naming it.
+    fn cancel(&mut self, index: usize) -> Result<()> {
+        let staged = self.staged_at(index);
+        if staged.kept == Kept::Gone {
+            return Ok(());
+        }
+        self.staged_kept -= 1;
+        let kept = Kept::Gone;
+        self.set_staged(index, Staged { kept, ..staged });
+        if staged.kept == Kept::Put {
+            let record = read_staged(&self.pm, Locator(staged.loc), staged.word)?;
+            self.release(&record)?;
+        }
+        Ok(())
+    }
+
+    /// Nothing is staged any more.
+    fn forget_staged(&mut self) {
+        for index in 0..core::mem::take(&mut self.staged) {
+            if let Some(hash) = self.staged_at(index).hash {
+                self.clear_hashes(hash);
+            }
+        }
+        (self.staged_kept, self.staged_keys, self.atomic) = (0, 0, false);
     }
 
     /// Does what a put needs besides the index. On an error nothing has changed.
@@ -388,44 +564,36 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         self.reserve_nodes(self.staged_keys + 1)?;
         let payload = Packer::new(draft.extents);
         hold_all(&self.frames, payload.clone(), F::hold)?;
-        let key = match draft.key {
-            Key::Extent(extent) => Some(extent),
-            _ => None,
-        };
-        let done = hold_all(&self.frames, key.iter().copied(), F::hold).and_then(|()| {
+        let done = hold_all(&self.frames, draft.key_extent.into_iter(), F::hold).and_then(|()| {
             let staged = self.stage_lists(draft);
             if staged.is_err() {
-                self.unhold_all(key.iter().copied());
+                unhold_all(&self.frames, draft.key_extent.into_iter());
             }
             staged
         });
         if done.is_err() {
-            self.unhold_all(payload);
+            unhold_all(&self.frames, payload);
         }
         done
     }
 
-    fn unhold_all(&self, extents: impl Iterator<Item = Extent>) {
-        for frame in extents.flat_map(Extent::frames) {
-            let _ = self.frames.unhold(frame);
-        }
-    }
-
-    /// Nodes for what may be inserted by this batch; and half as many as are in
+    /// Nodes for what may be inserted by this commit; and half as many as are in
     /// use, so that recovery finds room for a tree that is less well filled.
     fn reserve_nodes(&mut self, inserts: u64) -> Result<()> {
         self.set_keep(inserts);
-        self.pool.reserve(&self.pm, &self.frames, self.pool.keep)
+        let keep = self.pool.keep;
+        self.pool.reserve(&self.pm, &self.frames, keep, Need::New)
     }
 
-    fn set_keep(&mut self, inserts: u64) {
+    pub(super) fn set_keep(&mut self, inserts: u64) {
         let need = self.keys.reserve(inserts) + self.log.reserve(1);
         let used = (self.pool.frames * 4).saturating_sub(self.pool.free);
         self.pool.keep = need + used / 2;
     }
 
     fn stage_lists(&mut self, draft: &Draft<'_>) -> Result<(Locator, u64, u64)> {
-        let (first, count) = (self.alloc_lists(draft.list_frames())?, draft.list_frames());
+        let count = draft.list_frames();
+        let first = self.alloc_lists(count, Need::New)?;
         let staged = self.stage_record(draft, first);
         if staged.is_err() {
             self.free_lists(first, count);
@@ -434,10 +602,10 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
     }
 
     /// Allocates a chain of frames; each has the next one's offset at byte 24.
-    fn alloc_lists(&mut self, count: u32) -> Result<u64> {
+    pub(super) fn alloc_lists(&mut self, count: u32, need: Need) -> Result<u64> {
         let (mut first, mut last) = (0, 0);
         for done in 0..count {
-            let Some(frame) = self.frames.alloc() else {
+            let Some(frame) = self.frames.alloc(None, need) else {
                 self.free_lists(first, done);
                 return Err(Error::NoSpace);
             };
@@ -451,7 +619,7 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
             last = frame.off();
             self.stats.list_frames += 1;
             if linked.and_then(|()| self.pm.store(last + 24, 0)).is_err() {
-                let _ = self.frames.unhold(frame);
+                let _ = self.frames.unhold(frame, 0);
                 self.stats.list_frames -= 1;
                 self.free_lists(first, done);
                 return Err(Error::Io);
@@ -460,19 +628,15 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         Ok(first)
     }
 
-    fn free_lists(&mut self, first: u64, count: u32) {
+    pub(super) fn free_lists(&mut self, first: u64, count: u32) {
         let mut at = first;
         for _ in 0..count {
             let next = self.pm.load(at.saturating_add(24)).unwrap_or(0);
-            self.free_list(at);
+            if let Some(frame) = Frame::of(at) {
+                let _ = self.frames.unhold(frame, 0);
+                self.stats.list_frames = self.stats.list_frames.saturating_sub(1);
+            }
             at = next;
-        }
-    }
-
-    fn free_list(&mut self, at: u64) {
-        if let Some(frame) = Frame::of(at) {
-            let _ = self.frames.unhold(frame);
-            self.stats.list_frames = self.stats.list_frames.saturating_sub(1);
         }
     }
 
@@ -484,19 +648,12 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         };
         let seq = self.next_seq;
         let loc = Locator(open.header.off + open.line * LINE_SIZE);
-        let nonce = open.header.nonce;
         if !cfg!(pmskb_break = "payload_flush") {
             self.flush_payload(draft)?;
         }
-        let word = write(&self.pm, draft, loc, nonce, seq, first_list)?;
-        if draft.list_frames() > 0 {
-            write_lists(&self.pm, draft, nonce, seq, first_list, |off, len| {
-                self.unfenced = true;
-                self.stats.lines_flushed += lines_of(off, len);
-            })?;
-        }
+        let word = self.write_record(draft, loc, open.header.nonce, seq, first_list)?;
         let frame = Frame::of(open.header.off).ok_or(Error::Damaged)?;
-        self.frames.hold(frame)?;
+        self.frames.hold(frame, 0)?;
         self.open = Some(Open {
             line: open.line + lines,
             ..open
@@ -505,19 +662,37 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         Ok((loc, word, seq))
     }
 
+    /// Writes a record, but for its first word, which is returned, and its lists,
+    /// whose write-back starts.
+    pub(super) fn write_record(
+        &mut self,
+        draft: &Draft<'_>,
+        loc: Locator,
+        nonce: u32,
+        seq: u64,
+        first_list: u64,
+    ) -> Result<u64> {
+        let word = write(&self.pm, draft, loc, nonce, seq, first_list)?;
+        if draft.list_frames() > 0 {
+            write_lists(&self.pm, draft, nonce, seq, first_list, |off, len| {
+                self.unfenced = true;
+                self.stats.lines_flushed += lines_of(off, len);
+            })?;
+        }
+        Ok(word)
+    }
+
     /// Writes back the object's and the key's lines, each once.
     fn flush_payload(&mut self, draft: &Draft<'_>) -> Result<()> {
         let lines = |extent: Extent| {
             let end = extent.end().next_multiple_of(LINE_SIZE);
             (extent.off / LINE_SIZE * LINE_SIZE, end)
         };
-        let mut done = [(0, 0); 2];
-        if let Key::Extent(extent) = draft.key {
-            let (start, end) = lines(extent);
-            self.flush(start, end - start)?;
-            done = [(start, end), (0, 0)];
+        let mut key = (0, 0);
+        if let Some(extent) = draft.key_extent {
+            key = lines(extent);
+            self.flush(key.0, key.1 - key.0)?;
         }
-        let [key, _] = done;
         let mut last = (0, 0);
         for extent in Packer::new(draft.extents) {
             let (start, end) = lines(extent);
@@ -529,30 +704,26 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
 
     /// Begins a new record frame.
     fn open_frame(&mut self) -> Result<Open> {
-        let frame = self.frames.alloc().ok_or(Error::NoSpace)?;
+        let frame = self.frames.alloc(None, Need::New).ok_or(Error::NoSpace)?;
         let opened = self.init_frame(frame);
         match opened {
             Ok(open) => {
                 let before = self.open.replace(open);
                 if let Some(before) = before.and_then(|open| Frame::of(open.header.off)) {
                     // It may have become empty while it was open.
-                    self.frames.hold(before)?;
+                    self.frames.hold(before, 0)?;
                     self.drop_record_frame(before)?;
                 }
             }
             Err(_) => {
-                let _ = self.frames.unhold(frame);
+                let _ = self.frames.unhold(frame, 0);
             }
         }
         opened
     }
 
     fn init_frame(&mut self, frame: Frame) -> Result<Open> {
-        let epoch = self.sb.attaches;
-        let header = FrameHeader::new(&self.pm, self.sb.salt, frame.off(), self.next_seq, epoch);
-        header.write(&self.pm, &self.sb.uuid, epoch)?;
-        self.note_flush(frame.off(), LINE_SIZE);
-        self.set_map(frame, true)?;
+        let (header, _) = self.write_header(frame, self.next_seq, true)?;
         let key = header.base_seq.to_be_bytes();
         let key = KeySrc::Bytes(&key);
         let old = self
@@ -563,6 +734,26 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         }
         self.stats.record_frames += 1;
         Ok(Open { header, line: 1 })
+    }
+
+    /// Makes a record frame of a frame: valid `now`, or when the word that is
+    /// returned is stored at its start.
+    pub(super) fn write_header(
+        &mut self,
+        frame: Frame,
+        base_seq: u64,
+        now: bool,
+    ) -> Result<(FrameHeader, u64)> {
+        // What an earlier record frame left in this one must not count.
+        if !cfg!(pmskb_break = "epoch") {
+            self.opened += 1;
+        }
+        let epoch = (self.opened << 32) | (self.sb.attaches & 0xffff_ffff);
+        let header = FrameHeader::new(&self.pm, self.sb.salt, frame.off(), base_seq, epoch);
+        let word = header.write(&self.pm, &self.sb.uuid, epoch, now)?;
+        self.note_flush(frame.off(), LINE_SIZE);
+        self.set_map(frame, true)?;
+        Ok((header, word))
     }
 
     /// Sets or clears a frame's bit in the map and starts the write-back.
@@ -577,26 +768,6 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         self.flush(at, 8)
     }
 
-    /// The same for recovery, which inserts records one by one.
-    pub(super) fn reserve_for_recovery(&mut self) -> Result<()> {
-        let need = self.keys.reserve(1) + self.log.reserve(1);
-        self.pool.keep = need;
-        self.pool.reserve(&self.pm, &self.frames, need)
-    }
-
-    /// Sees to it that one more record can be retired.
-    pub(super) fn make_room_pending(&mut self) -> Result<()> {
-        if self.pending < MAX_PENDING {
-            return Ok(());
-        }
-        if self.read_only {
-            // Nothing is killed; the list is only to know what is not live.
-            self.pending = 0;
-            return Ok(());
-        }
-        self.sync_pending()
-    }
-
     // ---- commit ----
 
     /// Makes all that is staged durable, then visible to readers. Two fences
@@ -606,6 +777,7 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
     /// not after the next recovery.
     pub fn commit(&mut self) -> Result<()> {
         if self.staged == 0 {
+            self.atomic = false;
             return Ok(());
         }
         self.writable()?;
@@ -615,65 +787,141 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
     }
 
     fn commit_staged(&mut self) -> Result<()> {
+        let batch = (self.atomic && self.staged_kept > 1).then_some(self.batch_number);
         self.store_kills()?;
-        let closed = self.close_empty()?;
+        let closed = self.close_empty(0)?;
+        let sealed = match batch {
+            Some(number) => Some(self.fill_batch(number)?),
+            None => None,
+        };
+        if cfg!(pmskb_break = "batch_order") {
+            if let Some((off, word)) = sealed {
+                self.pm.store(off, word)?;
+            }
+        }
         if cfg!(pmskb_break = "fence1") {
             self.unfenced = false;
         }
         self.fence();
-        self.give_back(closed)?;
-        self.release_pending()?;
 
-        let closed = self.close_empty()?;
-        for index in 0..self.staged {
-            let staged = self.staged_at(index);
-            let lines = if staged.delete {
-                1
-            } else {
-                (staged.word >> 40) & 0xff
-            };
-            self.pm.store(staged.loc, staged.word)?;
-            if !cfg!(pmskb_break = "record_flush") {
-                self.flush(staged.loc, lines * LINE_SIZE)?;
+        self.end_batch()?;
+        match sealed {
+            Some((off, word)) => {
+                self.pm.store(off, word)?;
+                self.flush(off, 8)?;
             }
+            None => self.store_words(!cfg!(pmskb_break = "record_flush"))?,
         }
         if cfg!(pmskb_break = "fence2") {
             self.unfenced = false;
         }
         self.fence();
-        self.give_back(closed)?;
 
         // Durable from here on; so it may be seen.
+        if let Some((off, _)) = sealed {
+            self.batch = Some(off);
+            self.batch_number += 1;
+            self.tick_snapshot()?;
+            self.store_words(true)?;
+        }
         self.stats.durable_seq = self.next_seq - 1;
         self.pm.store(live::DURABLE_SEQ, self.stats.durable_seq)?;
-        let count = core::mem::take(&mut self.staged);
-        for index in 0..count {
+        self.give_back(closed)?;
+        self.release_pending()?;
+        for index in 0..self.staged {
             let staged = self.staged_at(index);
-            if let Some(hash) = staged.hash {
-                self.clear_hashes(hash);
-            }
-            if staged.delete {
-                self.index_delete(Locator(staged.loc))?;
-            } else {
-                self.index_put(Locator(staged.loc))?;
+            match staged.kept {
+                Kept::Put => self.index_put(Locator(staged.loc))?,
+                Kept::Delete => self.index_delete(Locator(staged.loc))?,
+                Kept::Gone => (),
             }
         }
-        // The next batch may be like this one.
+        if sealed.is_some() {
+            self.tick_snapshot()?;
+        }
+        // The next commit may be like this one.
         self.set_keep(self.staged_keys.min(64));
-        (self.staged_keys, self.staged_replaces) = (0, 0);
+        self.forget_staged();
         self.pool.trim(&self.pm, &self.frames)?;
         self.publish()
+    }
+
+    /// Stores the first words of new records, and the kills of deleted ones, and
+    /// writes their lines back: all of them, unless that was done before.
+    fn store_words(&mut self, flush: bool) -> Result<()> {
+        let written_back = self.atomic && self.staged_kept > 1;
+        for index in 0..self.staged {
+            let staged = self.staged_at(index);
+            let lines = match staged.kept {
+                Kept::Put if !written_back => (staged.word >> 40) & 0xff,
+                Kept::Put | Kept::Delete => 1,
+                Kept::Gone => continue,
+            };
+            self.pm.store(staged.loc, staged.word)?;
+            if flush {
+                self.flush(staged.loc, lines * LINE_SIZE)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes back the records of a batch, without their first words, and those
+    /// words in a batch area: its offset, and the word that puts it in force.
+    fn fill_batch(&mut self, number: u64) -> Result<(u64, u64)> {
+        let mut batch = Batch::new(number);
+        for index in 0..self.staged {
+            let staged = self.staged_at(index);
+            match staged.kept {
+                Kept::Put if !cfg!(pmskb_break = "batch_records") => {
+                    self.flush(staged.loc, ((staged.word >> 40) & 0xff) * LINE_SIZE)?;
+                }
+                Kept::Gone => continue,
+                _ => (),
+            }
+            batch.push(&self.pm, staged.loc, staged.word)?;
+        }
+        self.seal_batch(&batch)
+    }
+
+    /// Ends the filling of a batch area and starts its write-back.
+    pub(super) fn seal_batch(&mut self, batch: &Batch) -> Result<(u64, u64)> {
+        let (len, word) = batch.seal(&self.pm, &self.sb)?;
+        if !cfg!(pmskb_break = "batch_flush") {
+            self.flush(batch.off(), len)?;
+        }
+        Ok((batch.off(), word))
+    }
+
+    /// Ends the batch that was in force: its words are durable in their places.
+    pub(super) fn end_batch(&mut self) -> Result<()> {
+        let Some(off) = self.batch.take() else {
+            return Ok(());
+        };
+        if cfg!(pmskb_break = "batch_kill") {
+            return Ok(());
+        }
+        batch::kill(&self.pm, off)?;
+        self.note_flush(off, 8);
+        Ok(())
+    }
+
+    /// Readers of several records are told that a batch begins to be visible, or
+    /// has ended.
+    fn tick_snapshot(&mut self) -> Result<()> {
+        let tick = self.pm.load(live::SNAPSHOT)?;
+        self.pm.store(live::SNAPSHOT, tick.wrapping_add(1))
     }
 
     /// Adds a record to the numbers.
     pub(super) fn count(&mut self, loc: Locator) -> Result<()> {
         self.stats.records += 1;
+        self.stats.record_lines += (self.pm.load(loc.0)? >> 40) & 0xff;
         self.stats.live_bytes += self.pm.load(loc.0 + 24)? & 0xffff_ffff;
         Ok(())
     }
 
     /// Adds a durable record to the index and the numbers.
-    pub(super) fn index_put(&mut self, loc: Locator) -> Result<()> {
+    fn index_put(&mut self, loc: Locator) -> Result<()> {
         self.count(loc)?;
         if (self.pm.load(loc.0)? >> 48) & u64::from(super::record::F_KEYED) == 0 {
             return Ok(());
@@ -688,20 +936,28 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         }
     }
 
-    /// A record lost its key to a later one: it is killed with the next batch.
+    /// A record lost its key to a later one: it is killed with the next commit.
     pub(super) fn retire(&mut self, loc: Locator) -> Result<()> {
         self.uncount(loc)?;
         if self.pending >= MAX_PENDING {
             return Err(Error::Damaged);
         }
-        self.set_word(PENDING_AT + self.pending, loc.0);
+        self.stats.pending_bytes += self.pm.load(loc.0 + 24)? & 0xffff_ffff;
+        self.set_pending(self.pending, loc);
         self.pending += 1;
         Ok(())
     }
 
-    fn uncount(&mut self, loc: Locator) -> Result<()> {
+    /// Whether no more records can be retired before the next commit.
+    pub(super) fn pending_full(&self) -> bool {
+        self.pending >= MAX_PENDING
+    }
+
+    pub(super) fn uncount(&mut self, loc: Locator) -> Result<()> {
         let len = self.pm.load(loc.0 + 24)? & 0xffff_ffff;
+        let lines = (self.pm.load(loc.0)? >> 40) & 0xff;
         self.stats.records = self.stats.records.saturating_sub(1);
+        self.stats.record_lines = self.stats.record_lines.saturating_sub(lines);
         self.stats.live_bytes = self.stats.live_bytes.saturating_sub(len);
         Ok(())
     }
@@ -713,7 +969,7 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         let key = key_of(&self.pm, loc.0)?;
         let (pm, frames) = (&self.pm, &self.frames);
         self.keys.remove(pm, frames, &mut self.pool, &key)?;
-        self.release(loc)
+        self.release_dead(loc)
     }
 
     /// Writes the live page's counters.
@@ -723,121 +979,15 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         self.pm.store(live::LIVE_BYTES, self.stats.live_bytes)
     }
 
-    // ---- giving space back ----
-
-    /// Kills what waits for it; durable after the next fence.
-    fn store_kills(&mut self) -> Result<()> {
-        for index in 0..self.pending {
-            let loc = self.word(PENDING_AT + index);
-            let word = kill_word(&self.pm, Locator(loc))?;
-            self.pm.store(loc, word)?;
-            if !cfg!(pmskb_break = "kill_flush") {
-                self.flush(loc, 8)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Gives back what killed records held; their kills are durable.
-    fn release_pending(&mut self) -> Result<()> {
-        for index in 0..core::mem::take(&mut self.pending) {
-            self.release(Locator(self.word(PENDING_AT + index)))?;
-        }
-        Ok(())
-    }
-
-    /// Gives back what a dead record held, and its place in its frame.
-    fn release(&mut self, loc: Locator) -> Result<()> {
-        let record = read_dead(&self.pm, loc)?;
-        let (pm, geo) = (&self.pm, &self.geo);
-        // What a damaged list leads to stays held until the next recovery.
-        for extent in record.extents(pm, geo).map_while(Result::ok) {
-            self.unhold_all(core::iter::once(extent));
-        }
-        self.unhold_all(record.key_extent(pm)?.into_iter());
-        let mut lists = 0;
-        for frame in record.lists(pm, geo).map_while(Result::ok) {
-            let _ = self.frames.unhold(frame);
-            lists += 1;
-        }
-        self.stats.list_frames = self.stats.list_frames.saturating_sub(lists);
-        let frame = Frame::of(loc.frame_off()).ok_or(Error::Damaged)?;
-        self.drop_record_frame(frame)
-    }
-
-    /// One record less in a frame; the frame goes when it was the last.
-    fn drop_record_frame(&mut self, frame: Frame) -> Result<()> {
-        let left = self.frames.unhold(frame)?;
-        let open = self.open.is_some_and(|open| open.header.off == frame.off());
-        if left != 1 || open || self.empty >= MAX_EMPTY {
-            return Ok(());
-        }
-        let base = self.pm.load(frame.off() + 16)?.to_be_bytes();
-        let (pm, frames) = (&self.pm, &self.frames);
-        let key = KeySrc::Bytes(&base);
-        self.log.remove(pm, frames, &mut self.pool, &key)?;
-        self.set_word(EMPTY_AT + self.empty, frame.off());
-        self.empty += 1;
-        Ok(())
-    }
-
-    /// Makes empty record frames invalid; how many there are now that may be
-    /// given back after the next fence.
-    fn close_empty(&mut self) -> Result<usize> {
-        for index in 0..self.empty {
-            let off = self.word(EMPTY_AT + index);
-            self.pm.store(off, 0)?;
-            self.flush(off, 8)?;
-            self.set_map(Frame::of(off).ok_or(Error::Damaged)?, false)?;
-        }
-        Ok(self.empty)
-    }
-
-    /// Gives the first `count` empty frames back.
-    fn give_back(&mut self, count: usize) -> Result<()> {
-        for index in 0..count {
-            let frame = Frame::of(self.word(EMPTY_AT + index)).ok_or(Error::Damaged)?;
-            self.frames.unhold(frame)?;
-            self.stats.record_frames = self.stats.record_frames.saturating_sub(1);
-        }
-        for index in count..self.empty {
-            let word = self.word(EMPTY_AT + index);
-            self.set_word(EMPTY_AT + index - count, word);
-        }
-        self.empty = self.empty.saturating_sub(count);
-        Ok(())
-    }
-
-    /// Gives the space of replaced and deleted records back at once, which
-    /// otherwise the next commit does. Commits nothing. At most two fences.
-    pub fn sync_pending(&mut self) -> Result<()> {
-        if self.pending == 0 && self.empty == 0 {
-            return Ok(());
-        }
-        self.writable()?;
-        let done = self.sync_all();
-        self.failed = done.is_err();
-        done
-    }
-
-    fn sync_all(&mut self) -> Result<()> {
-        // What is empty now is closed with the frames that the kills empty.
-        if self.pending > 0 {
-            self.store_kills()?;
-            self.fence();
-            self.release_pending()?;
-        }
-        let closed = self.close_empty()?;
-        self.fence();
-        self.give_back(closed)
-    }
-
     /// Ends the store's life: commits, gives back what is pending, makes the live
     /// page invalid. Returns what it was made of.
     pub fn close(mut self) -> (Result<()>, P, F, B) {
         let mut done = self.commit();
         if !self.read_only {
             done = done.and_then(|()| self.sync_pending());
+        }
+        if let Some((frame, _)) = self.fill.take() {
+            let _ = self.frames.unhold(frame, 0);
         }
         let cleared = live::clear(&self.pm);
         (done.and(cleared), self.pm, self.frames, self.work)
@@ -905,6 +1055,8 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         Stats {
             index_frames: self.pool.frames,
             pending: self.pending as u64,
+            empty_frames: self.empty as u64,
+            trunc_seq: self.sb.trunc_seq,
             ..self.stats
         }
     }
@@ -932,22 +1084,5 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
     /// The allocator.
     pub fn frames(&self) -> &F {
         &self.frames
-    }
-}
-
-impl Geometry {
-    /// The data frames that the map says hold records, from `from` on.
-    pub(super) fn next_mapped<P: Pmem>(&self, pm: &P, from: Frame) -> Result<Option<Frame>> {
-        let end = self.data_end() / FRAME_SIZE;
-        let mut at = u64::from(from.0);
-        while at < end {
-            let word = pm.load(self.map_off + at / 64 * 8)? & (!0 << (at % 64));
-            if word != 0 {
-                let frame = at / 64 * 64 + u64::from(word.trailing_zeros());
-                return Ok((frame < end).then_some(Frame(frame as u32)));
-            }
-            at = (at / 64 + 1) * 64;
-        }
-        Ok(None)
     }
 }

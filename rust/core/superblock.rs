@@ -3,10 +3,11 @@
 //! Superblocks and geometry; format and probe.
 
 use super::pmem::{get, get_u32, get_u64, put};
-use super::{live, Error, Extent, Frame, Pmem, Result, FRAME_SIZE, LINE_SIZE};
+use super::{batch, live, Error, Extent, Frame, Pmem, Result, FRAME_SIZE, LINE_SIZE};
 
-/// Version of the format that this code writes, and the newest that it reads.
-pub const FORMAT_VERSION: u32 = 1;
+/// Version of the format that this code writes and reads. 1 had no batch areas,
+/// and was never released.
+pub const FORMAT_VERSION: u32 = 2;
 /// Smallest region, bytes.
 pub const MIN_REGION: u64 = 8 << 20;
 /// Largest region, bytes.
@@ -14,7 +15,7 @@ pub const MAX_REGION: u64 = 1 << 44;
 /// First offset of the data area is a multiple of this, for huge pages.
 const DATA_ALIGN: u64 = 2 << 20;
 /// Offset of the frame map.
-const MAP_OFF: u64 = 2 * FRAME_SIZE;
+const MAP_OFF: u64 = batch::END;
 /// Bytes of a superblock that are written and covered by its checksum.
 const SB_BYTES: usize = 512;
 const MAGIC: u64 = u64::from_le_bytes(*b"pmskb\0SB");
@@ -169,7 +170,7 @@ pub struct FormatParams<'a> {
 /// A store's superblock.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Superblock {
-    /// Version of the format.
+    /// Version of the format: [`FORMAT_VERSION`].
     pub version: u32,
     /// Features that older code may ignore.
     pub compat: u64,
@@ -189,7 +190,7 @@ pub struct Superblock {
     pub created: u64,
     /// See [`FormatParams::salt`].
     pub salt: u64,
-    /// Records with this sequence number or a lower one are gone.
+    /// Records without a key that have this sequence number or a lower one are gone.
     pub trunc_seq: u64,
     /// How many times the store was attached for writing.
     pub attaches: u64,
@@ -268,10 +269,10 @@ impl Superblock {
             attaches: get_u64(&raw, 184)?,
             seq_floor: get_u64(&raw, 192)?,
         };
-        // A newer version may have other rules for what follows.
-        if sb.version <= FORMAT_VERSION && sb.incompat & !KNOWN_INCOMPAT == 0 {
+        // Another version may have other rules for what follows.
+        if sb.version == FORMAT_VERSION && sb.incompat & !KNOWN_INCOMPAT == 0 {
             let sizes = (get_u32(&raw, 96)?, get_u32(&raw, 100)?);
-            if sb.version == 0 || sizes != (FRAME_SIZE as u32, LINE_SIZE as u32) {
+            if sizes != (FRAME_SIZE as u32, LINE_SIZE as u32) {
                 return Err(Error::Damaged);
             }
             sb.geometry.check(pm.len())?;
@@ -291,11 +292,17 @@ impl Superblock {
     }
 
     /// Makes this the store's superblock: durable on return. The copies are
-    /// written one after the other, so that one is whole at every instant.
+    /// written one after the other, the one that is to go by now last, so that one
+    /// is whole at every instant.
     pub(super) fn write<P: Pmem>(&mut self, pm: &P) -> Result<()> {
+        let first = matches!(Superblock::decode(pm, 0), Ok(sb) if sb.update == self.update);
         self.update = self.update.checked_add(1).ok_or(Error::Damaged)?;
-        self.write_at(pm, 0)?;
-        self.write_at(pm, self.geometry.data_end())
+        let (mut one, mut other) = (0, self.geometry.data_end());
+        if first && !cfg!(pmskb_break = "superblock_order") {
+            core::mem::swap(&mut one, &mut other);
+        }
+        self.write_at(pm, one)?;
+        self.write_at(pm, other)
     }
 }
 
@@ -341,7 +348,7 @@ pub fn probe<P: Pmem>(pm: &P) -> Result<Probe> {
         (Err(Error::Io), _) | (_, Err(Error::Io)) => return Err(Error::Io),
         _ => return Err(Error::Damaged),
     };
-    if superblock.version > FORMAT_VERSION || superblock.incompat & !KNOWN_INCOMPAT != 0 {
+    if superblock.version != FORMAT_VERSION || superblock.incompat & !KNOWN_INCOMPAT != 0 {
         return Err(Error::Version);
     }
     Ok(Probe {
@@ -418,6 +425,7 @@ pub fn format<P: Pmem>(pm: &P, params: &FormatParams<'_>) -> Result<Superblock> 
     zero(pm, 0, FRAME_SIZE)?;
     zero(pm, geometry.data_end(), FRAME_SIZE)?;
     pm.fence();
+    zero(pm, batch::OFF, geometry.map_off - batch::OFF)?;
     zero(pm, geometry.map_off, geometry.map_len)?;
     pm.fence();
     live::clear(pm)?;

@@ -8,12 +8,16 @@
 //! A node that becomes empty is unlinked and freed; half-empty ones stay.
 
 use super::frame::Frames;
-use super::node::{prefix_of, search, Entry, Head, Kind, Pool};
+use super::node::{prefix_of, search, Entry, Head, Kind, Pool, INNER_MAX, LEAF_MAX};
 use super::record::{key_of, KeySrc};
-use super::{Error, Pmem, Result};
+use super::{Error, IndexEntry, Pmem, Result};
 
 /// A tree cannot become higher: each level multiplies by 20 or more.
 pub(super) const MAX_HEIGHT: usize = 12;
+/// Entries of a node that is loaded: most of them, so that an insertion does not
+/// split it at once.
+const LEAF_FILL: usize = LEAF_MAX - LEAF_MAX / 8;
+const INNER_FILL: usize = INNER_MAX - INNER_MAX / 8;
 /// How often a reader begins anew before it gives up.
 const TRIES: u32 = 100_000;
 
@@ -21,6 +25,17 @@ const TRIES: u32 = 100_000;
 /// low 34 bits, height in 6, a counter in the upper 24.
 fn root_word(root: u64, height: usize, tick: u64) -> u64 {
     (root >> 10) | ((height as u64) << 34) | (tick << 40)
+}
+
+/// Nodes that [`Tree::load`] needs for so many entries.
+pub(super) fn nodes_for(entries: usize) -> u64 {
+    let mut nodes = entries.div_ceil(LEAF_FILL);
+    let mut total = nodes;
+    for _ in 0..MAX_HEIGHT {
+        nodes = nodes.div_ceil(INNER_FILL);
+        total = total.saturating_add(nodes);
+    }
+    total as u64
 }
 
 /// The writer's side of a tree.
@@ -293,6 +308,121 @@ impl Tree {
             }
         }
         Err(Error::Damaged)
+    }
+
+    /// Loads an empty tree with entries in order, whose prefixes are what follows
+    /// the first `skip` bytes of their keys, which all have in common. The pool has
+    /// the nodes that [`nodes_for`] says.
+    pub(super) fn load<P: Pmem>(
+        &mut self,
+        pm: &P,
+        pool: &mut Pool,
+        entries: &[IndexEntry],
+        skip: usize,
+    ) -> Result<()> {
+        // On each level the node that is being filled, and how far it is.
+        let mut rising: [Option<(u64, Head)>; MAX_HEIGHT] = [None; MAX_HEIGHT];
+        let mut last_leaf = None;
+        for part in entries.chunks(LEAF_FILL) {
+            let node = pool.alloc(pm)?;
+            let mut head = Head {
+                count: part.len(),
+                level: 0,
+                skip,
+            };
+            pool.begin(pm, node)?;
+            let mut ties = false;
+            let mut last = None;
+            for (index, entry) in part.iter().enumerate() {
+                let (prefix, loc) = (entry.prefix, entry.loc);
+                ties |= last == Some(prefix);
+                last = Some(prefix);
+                head.set(pm, node, index, Entry { prefix, loc, child: 0 })?;
+            }
+            if ties {
+                head.skip = self.best_skip(pm, node, &head)?;
+                self.rewrite(pm, node, &head)?;
+            }
+            head.write(pm, node)?;
+            pool.end(pm, node)?;
+            match last_leaf.replace(node) {
+                // It may be all there is.
+                None => (self.root, self.height) = (node, 1),
+                Some(left) => {
+                    let first = part.first().ok_or(Error::Damaged)?.loc;
+                    self.raise(pm, pool, &mut rising, left, first, node)?;
+                }
+            }
+        }
+        for (node, head) in rising.into_iter().flatten() {
+            self.settle(pm, pool, node, head)?;
+            // The highest one stays.
+            (self.root, self.height) = (node, usize::from(head.level) + 1);
+        }
+        self.publish(pm)
+    }
+
+    /// Ends the filling of an inner node.
+    fn settle<P: Pmem>(&self, pm: &P, pool: &mut Pool, node: u64, mut head: Head) -> Result<()> {
+        head.skip = self.best_skip(pm, node, &head)?;
+        self.rewrite(pm, node, &head)?;
+        head.write(pm, node)?;
+        pool.end(pm, node)
+    }
+
+    /// Links the newest node of a level, right of `left`, into the levels above.
+    fn raise<P: Pmem>(
+        &mut self,
+        pm: &P,
+        pool: &mut Pool,
+        rising: &mut [Option<(u64, Head)>; MAX_HEIGHT],
+        mut left: u64,
+        first: u64,
+        mut child: u64,
+    ) -> Result<()> {
+        let none = Entry {
+            prefix: 0,
+            loc: 0,
+            child,
+        };
+        for (level, slot) in (1u8..).zip(rising.iter_mut()) {
+            let entry = Entry {
+                prefix: prefix_of(pm, self.kind, first, 0)?,
+                loc: first,
+                child,
+            };
+            let mut head = Head {
+                count: 0,
+                level,
+                skip: 0,
+            };
+            match slot {
+                Some((node, head)) if head.count < INNER_FILL => {
+                    head.set(pm, *node, head.count, entry)?;
+                    head.count += 1;
+                    return Ok(());
+                }
+                Some((full, full_head)) => {
+                    let node = pool.alloc(pm)?;
+                    pool.begin(pm, node)?;
+                    head.set(pm, node, 0, Entry { child, ..none })?;
+                    head.count = 1;
+                    self.settle(pm, pool, *full, *full_head)?;
+                    (left, child) = (*full, node);
+                    *slot = Some((node, head));
+                }
+                None => {
+                    let node = pool.alloc(pm)?;
+                    pool.begin(pm, node)?;
+                    head.set(pm, node, 0, Entry { child: left, ..none })?;
+                    head.set(pm, node, 1, entry)?;
+                    head.count = 2;
+                    *slot = Some((node, head));
+                    return Ok(());
+                }
+            }
+        }
+        Err(Error::TooBig)
     }
 
     /// Another record with the same key takes an entry over.

@@ -147,11 +147,14 @@ struct pmskb_token_range {
  * @PMSKB_OP_PUT: make extents durable and commit their record
  * @PMSKB_OP_DELETE: remove the record with a key
  * @PMSKB_OP_RELEASE: give tokens back without persisting
+ * @PMSKB_OP_TRUNCATE: remove all records without a key whose sequence number is
+ *	@seq or lower (of those in use); costs a write of the superblocks
  */
 enum pmskb_opcode {
 	PMSKB_OP_PUT = 1,
 	PMSKB_OP_DELETE = 2,
 	PMSKB_OP_RELEASE = 3,
+	PMSKB_OP_TRUNCATE = 4,
 };
 
 /** PMSKB_OP_CREATE - put: only if the key has no record (else EEXIST). */
@@ -165,6 +168,11 @@ enum pmskb_opcode {
  * whose bytes are the key: it lies in the packets themselves.
  */
 #define PMSKB_OP_KEY_EXTENTS	(1U << 3)
+/**
+ * PMSKB_OP_IF_SEQ - put, delete: only if the key's record has the sequence
+ * number @seq, or with @seq 0 (put) only if it has none (else ESTALE)
+ */
+#define PMSKB_OP_IF_SEQ		(1U << 4)
 
 /**
  * struct pmskb_ext - a part of what a token holds
@@ -192,6 +200,7 @@ struct pmskb_ext {
  * @extents: user pointer to &struct pmskb_ext, in the object's order; parts of
  *	one object must not overlap (EINVAL). For PMSKB_OP_RELEASE only the
  *	tokens count, @offset and @len are 0
+ * @seq: for PMSKB_OP_IF_SEQ and PMSKB_OP_TRUNCATE, else 0
  * @reserved: 0
  */
 struct pmskb_op {
@@ -202,7 +211,8 @@ struct pmskb_op {
 	__u32 key_len;
 	__u32 nr_extents;
 	__aligned_u64 extents;
-	__aligned_u64 reserved[4];
+	__aligned_u64 seq;
+	__aligned_u64 reserved[3];
 };
 
 /** PMSKB_RES_COPIED - some bytes had to be copied into frames at receive. */
@@ -213,7 +223,8 @@ struct pmskb_op {
 /**
  * struct pmskb_result - what became of one operation
  * @res: the record's sequence number (1 or more; for a release the number of
- *	tokens), or a negative errno
+ *	tokens; for a truncation the sequence number up to which the log is
+ *	empty), or a negative errno
  * @flags: PMSKB_RES_*
  * @csum: Internet checksum of the object, network byte order
  * @csum_kind: &enum pmskb_csum_kind
@@ -228,11 +239,17 @@ struct pmskb_result {
 };
 
 /**
+ * PMSKB_SUBMIT_ATOMIC - all operations or none, after a crash and for readers. If
+ * one fails, the others' result is ECANCELED. No PMSKB_OP_TRUNCATE (EINVAL).
+ */
+#define PMSKB_SUBMIT_ATOMIC	(1U << 0)
+
+/**
  * struct pmskb_submit - an array of operations
  * @ops: user pointer to @nr &struct pmskb_op
  * @results: user pointer to @nr &struct pmskb_result, written before return
  * @nr: operations; 1 to PMSKB_MAX_OPS (else EINVAL, E2BIG)
- * @flags: 0
+ * @flags: PMSKB_SUBMIT_*
  * @reserved: 0
  *
  * The call fails as a whole only if the arrays themselves are unusable, and
@@ -336,10 +353,13 @@ struct pmskb_format {
 	__aligned_u64 reserved[4];
 };
 
+/** PMSKB_ATTACH_READ_ONLY - nothing can be changed, no socket attached (EROFS). */
+#define PMSKB_ATTACH_READ_ONLY	(1U << 0)
+
 /**
  * struct pmskb_attach - PMSKB_IOC_ATTACH
  * @fd: an open descriptor of the region's device
- * @flags: 0
+ * @flags: PMSKB_ATTACH_*
  * @minor: out: N of /dev/pmskbN
  * @reserved: 0
  * @uuid: out: the store's
@@ -367,28 +387,44 @@ struct pmskb_detach {
 
 /* ---- ioctls of /dev/pmskbN ---- */
 
+/** PMSKB_STORE_READ_ONLY - the store was attached to be read, or has failed. */
+#define PMSKB_STORE_READ_ONLY	(1U << 0)
+
 /**
  * struct pmskb_store_info - PMSKB_IOC_INFO
  * @uuid: of the store
  * @label: NUL padded
  * @minor: N of /dev/pmskbN
- * @flags: 0
+ * @flags: PMSKB_STORE_*
  * @region_len: bytes of the region
  * @map_len: bytes that a mapping or a read can reach from offset 0
  * @head_off: start of the head area (reads as zeros, cannot be mapped)
  * @head_len: bytes of the head area
  * @data_off: start of the data area
- * @frames_total: data frames
+ * @frames_total: data frames; the sum of the following ones but @frames_reserve
  * @frames_free: of them, free now
- * @frames_meta: of them, in use for records, extent lists and the index
- * @frames_record: of them, held by records' payload, by tokens, or being filled
+ * @frames_payload: of them, with payload or keys of records
+ * @frames_record: of them, with records
+ * @frames_list: of them, with extent lists
+ * @frames_index: of them, with the index
+ * @frames_held: of them, held by tokens or buffers, or being filled
  * @frames_limbo: of them, waiting until the stack lets go
  * @frames_bad: of them, never used because of media errors
+ * @frames_reserve: of the free ones, those that only a delete, a compaction or an
+ *	attach gets
  * @heads_total: frames of the head area
  * @heads_free: of them, free now
  * @records: live records
  * @keys: live records with a key
  * @live_bytes: payload bytes of live records
+ * @record_bytes: of the record frames, bytes of live records
+ * @fragmented_bytes: of the payload frames, bytes that no record uses; compaction
+ *	brings them back. Bytes that several records use count for each
+ * @reclaimable_bytes: dead, and free after the next submit: of replaced records'
+ *	frames and of empty record frames
+ * @trunc_seq: records without a key up to this one are gone
+ * @moved_records: by compaction, since attach
+ * @moved_bytes: by compaction, since attach
  * @durable_seq: highest sequence number known durable
  * @sockets: attached now
  * @tokens: held now, all sockets
@@ -409,15 +445,25 @@ struct pmskb_store_info {
 	__u64 data_off;
 	__u64 frames_total;
 	__u64 frames_free;
-	__u64 frames_meta;
+	__u64 frames_payload;
 	__u64 frames_record;
+	__u64 frames_list;
+	__u64 frames_index;
+	__u64 frames_held;
 	__u64 frames_limbo;
 	__u64 frames_bad;
+	__u64 frames_reserve;
 	__u64 heads_total;
 	__u64 heads_free;
 	__u64 records;
 	__u64 keys;
 	__u64 live_bytes;
+	__u64 record_bytes;
+	__u64 fragmented_bytes;
+	__u64 reclaimable_bytes;
+	__u64 trunc_seq;
+	__u64 moved_records;
+	__u64 moved_bytes;
 	__u64 durable_seq;
 	__u64 sockets;
 	__u64 tokens;
@@ -425,6 +471,61 @@ struct pmskb_store_info {
 	__u64 fences;
 	__u64 submits;
 	struct pmskb_counters counters;
+};
+
+/**
+ * struct pmskb_compact - PMSKB_IOC_COMPACT
+ * @from: in: 0 to begin; out: to go on with
+ * @steps: in: how many steps at most, 0: 16. Each moves at most 63 records and
+ *	256 KiB, and keeps other changes waiting for so long
+ * @done: out: 1 at the end of the log
+ * @records: out: records moved
+ * @bytes: out: payload bytes moved
+ * @reserved: 0
+ */
+struct pmskb_compact {
+	__aligned_u64 from;
+	__u32 steps;
+	__u32 done;
+	__aligned_u64 records;
+	__aligned_u64 bytes;
+	__aligned_u64 reserved[2];
+};
+
+/**
+ * struct pmskb_scrub_bad - a record that is not what it was
+ * @seq: its sequence number
+ * @error: EBADMSG its bytes have another checksum, EIO the media cannot be read,
+ *	EUCLEAN its extents are damaged
+ * @reserved: 0
+ */
+struct pmskb_scrub_bad {
+	__u64 seq;
+	__s32 error;
+	__u32 reserved;
+};
+
+/**
+ * struct pmskb_scrub - PMSKB_IOC_SCRUB
+ * @from: in: sequence number to begin with; out: to go on with
+ * @max_bytes: in: payload bytes to read, about; 0: 4 MiB
+ * @bad: in: user pointer to &struct pmskb_scrub_bad
+ * @nr_bad: in: how many there is room for, the call ends when they are used up;
+ *	out: how many there are
+ * @done: out: 1 at the end of the log
+ * @records: out: records checked
+ * @bytes: out: payload bytes read
+ * @reserved: 0
+ */
+struct pmskb_scrub {
+	__aligned_u64 from;
+	__aligned_u64 max_bytes;
+	__aligned_u64 bad;
+	__u32 nr_bad;
+	__u32 done;
+	__aligned_u64 records;
+	__aligned_u64 bytes;
+	__aligned_u64 reserved[2];
 };
 
 #define PMSKB_IOC_MAGIC		0xBC
@@ -440,5 +541,9 @@ struct pmskb_store_info {
 #define PMSKB_IOC_ATTACH_SOCKET	_IOW(PMSKB_IOC_MAGIC, 0x11, __s32)
 /** PMSKB_IOC_SUBMIT - on /dev/pmskbN; op.fd names the socket of the tokens */
 #define PMSKB_IOC_SUBMIT	_IOW(PMSKB_IOC_MAGIC, 0x12, struct pmskb_submit)
+/** PMSKB_IOC_COMPACT - on /dev/pmskbN, opened for writing */
+#define PMSKB_IOC_COMPACT	_IOWR(PMSKB_IOC_MAGIC, 0x15, struct pmskb_compact)
+/** PMSKB_IOC_SCRUB - on /dev/pmskbN */
+#define PMSKB_IOC_SCRUB		_IOWR(PMSKB_IOC_MAGIC, 0x16, struct pmskb_scrub)
 
 #endif /* _UAPI_LINUX_PMSKB_H */

@@ -2,7 +2,7 @@
 
 //! A host's frame allocator, and memory to keep a store in.
 
-use crate::{Error, Frame, FrameTable, Frames, Geometry, Pmem, Result};
+use crate::{Error, Frame, FrameTable, Frames, Geometry, IndexEntry, Need, Pmem, Result};
 use std::cell::RefCell;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -21,18 +21,29 @@ impl HostFrames {
 }
 
 impl Frames for HostFrames {
-    fn alloc(&self) -> Option<Frame> {
-        self.0.borrow_mut().alloc(None, |_| true)
+    fn alloc(&self, near: Option<Frame>, need: Need) -> Option<Frame> {
+        self.0.borrow_mut().alloc(near, need, |_| true)
     }
-    fn hold(&self, frame: Frame) -> Result<()> {
-        self.0.borrow_mut().hold(frame)
+    fn hold(&self, frame: Frame, bytes: u32) -> Result<()> {
+        self.0.borrow_mut().hold(frame, bytes)
     }
-    fn unhold(&self, frame: Frame) -> Result<u32> {
-        self.0.borrow_mut().unhold(frame)
+    fn unhold(&self, frame: Frame, bytes: u32) -> Result<u32> {
+        self.0.borrow_mut().unhold(frame, bytes)
     }
-    fn claim(&self, frame: Frame) -> Result<()> {
-        self.0.borrow_mut().claim(frame)
+    fn claim(&self, frame: Frame, bytes: u32) -> Result<()> {
+        self.0.borrow_mut().claim(frame, bytes)
     }
+    fn used(&self, frame: Frame) -> u32 {
+        self.0.borrow().used(frame)
+    }
+    fn held(&self, frame: Frame) -> bool {
+        self.0.borrow().state(frame).is_some_and(|(_, holds)| holds > 0)
+    }
+}
+
+/// Allocates the list that [`Store::recover`](crate::Store::recover) asks for.
+pub fn list(count: usize) -> Option<Vec<IndexEntry>> {
+    Some(vec![IndexEntry::default(); count])
 }
 
 /// Ordinary memory that several threads may read while one writes.

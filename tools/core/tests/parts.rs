@@ -122,7 +122,7 @@ proptest! {
             match op {
                 0 | 1 => {
                     let near = (op == 1).then_some(frame);
-                    let got = table.alloc(near, busy);
+                    let got = table.alloc(near, Need::Reserve, busy);
                     if let Some(got) = got {
                         prop_assert!(!bad[(got.0 - 100) as usize]);
                         prop_assert_eq!(holds[(got.0 - 100) as usize], 0);
@@ -132,15 +132,15 @@ proptest! {
                     }
                 }
                 2 => {
-                    prop_assert_eq!(table.hold(frame).is_ok(), !free);
+                    prop_assert_eq!(table.hold(frame, 0).is_ok(), !free);
                     holds[at] += u32::from(!free);
                 }
                 3 => {
-                    prop_assert_eq!(table.unhold(frame).is_ok(), holds[at] > 0);
+                    prop_assert_eq!(table.unhold(frame, 0).is_ok(), holds[at] > 0);
                     holds[at] = holds[at].saturating_sub(1);
                 }
                 4 => {
-                    table.claim(frame).unwrap();
+                    table.claim(frame, 0).unwrap();
                     holds[at] += 1;
                 }
                 5 => {
@@ -174,30 +174,30 @@ proptest! {
 fn a_stream_gets_adjacent_frames() {
     let words = FrameTable::<Vec<u64>>::words(5000);
     let mut table = FrameTable::new(vec![0; words], Frame(512), 5000).unwrap();
-    let first = table.alloc(None, |_| true).unwrap();
+    let first = table.alloc(None, Need::Reserve, |_| true).unwrap();
     let mut last = first;
     for _ in 0..4999 {
-        let next = table.alloc(Some(last), |_| true).unwrap();
+        let next = table.alloc(Some(last), Need::Reserve, |_| true).unwrap();
         assert_eq!(next.0, last.0 + 1);
         last = next;
     }
-    assert_eq!(table.alloc(Some(last), |_| true), None);
+    assert_eq!(table.alloc(Some(last), Need::Reserve, |_| true), None);
     for number in first.0..=last.0 {
-        table.unhold(Frame(number)).unwrap();
+        table.unhold(Frame(number), 0).unwrap();
     }
     assert_eq!(table.counts().limbo, 5000);
-    assert!(table.alloc(None, |_| false).is_none());
-    assert!(table.alloc(None, |_| true).is_some());
+    assert!(table.alloc(None, Need::Reserve, |_| false).is_none());
+    assert!(table.alloc(None, Need::Reserve, |_| true).is_some());
 }
 
 #[test]
 fn a_frame_leaves_limbo_only_when_idle() {
     let words = FrameTable::<Vec<u64>>::words(64);
     let mut table = FrameTable::new(vec![0; words], Frame(512), 64).unwrap();
-    let frame = table.alloc(None, |_| true).unwrap();
-    table.unhold(frame).unwrap();
+    let frame = table.alloc(None, Need::Reserve, |_| true).unwrap();
+    table.unhold(frame, 0).unwrap();
     // Held again while the stack still looks at it: it stays until that ends.
-    table.hold(frame).unwrap();
+    table.hold(frame, 0).unwrap();
     assert_eq!(table.reclaim(8, |_| false), 0);
     assert_eq!(table.state(frame), Some((FrameState::Limbo, 1)));
     // Then the host is asked, though the frame does not become free.
@@ -209,7 +209,7 @@ fn a_frame_leaves_limbo_only_when_idle() {
     assert_eq!(table.reclaim(8, idle), 0);
     assert_eq!(asked, 1);
     assert_eq!(table.state(frame), Some((FrameState::Held, 1)));
-    table.unhold(frame).unwrap();
+    table.unhold(frame, 0).unwrap();
     assert_eq!(table.reclaim(8, |_| true), 1);
     assert_eq!(table.state(frame), Some((FrameState::Free, 0)));
 }
@@ -247,12 +247,12 @@ fn every_region_size_is_laid_out_or_refused() {
 fn what_its_owner_leaves_is_looked_at_once_though_others_hold_it() {
     let words = FrameTable::<Vec<u64>>::words(64);
     let mut table = FrameTable::new(vec![0; words], Frame(512), 64).unwrap();
-    let frame = table.alloc(None, |_| true).unwrap();
+    let frame = table.alloc(None, Need::Reserve, |_| true).unwrap();
     // A record holds it, and then gives it up: its owner still fills it.
-    table.hold(frame).unwrap();
-    table.unhold(frame).unwrap();
+    table.hold(frame, 0).unwrap();
+    table.unhold(frame, 0).unwrap();
     assert_eq!(table.state(frame), Some((FrameState::Owned, 1)));
-    table.hold(frame).unwrap();
+    table.hold(frame, 0).unwrap();
     assert_eq!(table.leave(frame), Ok(1));
     let mut asked = 0;
     let idle = |_| {

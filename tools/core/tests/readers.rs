@@ -27,7 +27,7 @@ fn readers_find_whole_records_while_a_writer_goes_on() {
     let frames = HostFrames::new(&geo).unwrap();
     let work = vec![0; Store::<&Memory, HostFrames, Vec<u64>>::WORK_WORDS];
     let options = RecoverOptions::default();
-    let (mut store, _) = Store::recover(&memory, frames, work, options).unwrap();
+    let (mut store, _) = Store::recover(&memory, frames, work, host::list, options).unwrap();
     let mut rng = Rng(1);
     for n in 0..STABLE {
         put(&mut store, n, &mut rng);
@@ -49,7 +49,7 @@ fn readers_find_whole_records_while_a_writer_goes_on() {
                 if n < STABLE || rng.below(2) == 0 {
                     put(&mut store, n, &mut rng);
                 } else {
-                    let _ = store.delete(&key(n));
+                    let _ = store.delete(&key(n), None);
                 }
                 writes += 1;
             }
@@ -71,7 +71,7 @@ impl Drop for Stop<'_> {
 
 /// The payload says which key it belongs to, and its own tag.
 fn put(store: &mut Store<&Memory, HostFrames, Vec<u64>>, n: u64, rng: &mut Rng) {
-    let frame = store.frames().alloc().unwrap();
+    let frame = store.frames().alloc(None, Need::New).unwrap();
     let tag = rng.next();
     let mut bytes = n.to_le_bytes().to_vec();
     bytes.extend(tag.to_le_bytes());
@@ -83,9 +83,10 @@ fn put(store: &mut Store<&Memory, HostFrames, Vec<u64>>, n: u64, rng: &mut Rng) 
         extents: &[Extent::new(frame.off(), bytes.len() as u32)],
         meta: Meta::default(),
         mode: PutMode::Upsert,
+ if_seq: None,
     };
     store.put(&args).unwrap();
-    store.frames().unhold(frame).unwrap();
+    store.frames().unhold(frame, 0).unwrap();
 }
 
 fn reader(memory: &Memory, thread: u64, stop: &AtomicBool, reads: &AtomicU64, stale: &AtomicU64) {

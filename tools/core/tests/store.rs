@@ -129,11 +129,12 @@ fn the_index_is_an_ordered_map() {
                     extents: &[],
                     meta: Meta::default(),
                     mode: PutMode::Upsert,
+ if_seq: None,
                 };
                 let done = store.put(&args).unwrap();
                 assert_eq!(map.insert(key, done.seq).is_some(), done.replaced);
             } else {
-                let seq = store.delete(&key);
+                let seq = store.delete(&key, None);
                 assert_eq!(seq.ok(), map.remove(&key));
             }
             if rng.below(20) == 0 {
@@ -145,7 +146,7 @@ fn the_index_is_an_ordered_map() {
             }
         }
         for (key, seq) in std::mem::take(&mut map) {
-            assert_eq!(store.delete(&key), Ok(seq));
+            assert_eq!(store.delete(&key, None), Ok(seq));
         }
         store.commit().unwrap();
         store.sync_pending().unwrap();
@@ -244,6 +245,7 @@ fn every_field_of_a_record_comes_back() {
                 extents: &extents,
                 meta,
                 mode: PutMode::Create,
+ if_seq: None,
             };
             let args = if key_len == 0 {
                 PutArgs {
@@ -302,7 +304,7 @@ fn a_full_store_refuses_and_goes_on() {
 fn bad_arguments_are_refused_and_leave_nothing() {
     let mut driver = driver();
     let geo = *driver.store.geometry();
-    let frame = driver.store.frames().alloc().unwrap();
+    let frame = driver.store.frames().alloc(None, Need::New).unwrap();
     let good = Extent::new(frame.off(), 10);
     // Frames in use, without those kept for the index.
     let numbers = |driver: &Driver| {
@@ -369,12 +371,13 @@ fn bad_arguments_are_refused_and_leave_nothing() {
             extents: &extents,
             meta: Meta::default(),
             mode,
+            if_seq: None,
         };
         assert_eq!(driver.store.put(&args), Err(error), "{extents:?}");
         assert_eq!(driver.store.staged(), 0);
         assert_eq!(numbers(&driver), before);
     }
-    assert_eq!(driver.store.delete(b"no"), Err(Error::NotFound));
+    assert_eq!(driver.store.delete(b"no", None), Err(Error::NotFound));
 }
 
 #[test]
@@ -462,7 +465,7 @@ fn hostile_images_never_panic_or_loop() {
                 for record in log_of(&store) {
                     let _ = record.verify(store.pm(), store.geometry(), &mut buf);
                 }
-                let _ = store.delete(b"3");
+                let _ = store.delete(b"3", None);
                 let _ = store.commit();
             }
             Err(_) => refused += 1,
@@ -484,9 +487,9 @@ fn a_read_only_attach_changes_nothing_durable() {
     let frames = host::HostFrames::new(&geo).unwrap();
     let options = RecoverOptions { read_only: true };
     let work = vec![0; SimStore::WORK_WORDS];
-    let (mut store, report) = Store::recover(image, frames, work, options).unwrap();
+    let (mut store, report) = Store::recover(image, frames, work, host::list, options).unwrap();
     assert_eq!((report.keys, report.superseded), (1, 1));
     assert_eq!(store.pm().counts().lines, 0);
-    assert_eq!(store.delete(b"a"), Err(Error::ReadOnly));
+    assert_eq!(store.delete(b"a", None), Err(Error::ReadOnly));
     check(&store, &driver.model).unwrap();
 }

@@ -193,8 +193,11 @@ fn page(info: &StoreInfo, last: Option<(&StoreInfo, f64)>) -> String {
     );
     for (name, n) in [
         ("  free", r.frames_free),
-        ("  of records' payload", r.frames_record),
-        ("  of records and index", r.frames_meta),
+        ("  payload of records", r.frames_payload),
+        ("  records", r.frames_record),
+        ("  extent lists", r.frames_list),
+        ("  index", r.frames_index),
+        ("  held by sockets", r.frames_held),
         ("  in limbo", r.frames_limbo),
         ("  bad", r.frames_bad),
     ] {
@@ -219,6 +222,13 @@ fn page(info: &StoreInfo, last: Option<(&StoreInfo, f64)>) -> String {
             text::size(r.live_bytes)
         ),
     );
+    for (name, n) in [
+        ("  in records", r.record_bytes),
+        ("  fragmented", r.fragmented_bytes),
+        ("  reclaimable", r.reclaimable_bytes),
+    ] {
+        line(name, format!("{} ({})", text::count(n), text::size(n)));
+    }
     line("durable up to", r.durable_seq.to_string());
     line("sockets attached", text::count(r.sockets));
     line("tokens held", text::count(r.tokens));
@@ -243,7 +253,7 @@ fn value(info: &StoreInfo) -> Value {
         .iter()
         .map(|(name, i)| (name.to_string(), c.unplaced[*i].into()))
         .collect();
-    json!({
+    let mut out = json!({
         "store": format!("/dev/pmskb{}", r.minor),
         "device": device_of(r.minor),
         "uuid": text::uuid(&r.uuid),
@@ -253,23 +263,6 @@ fn value(info: &StoreInfo) -> Value {
         "head_off": r.head_off,
         "head_len": r.head_len,
         "data_off": r.data_off,
-        "frames_total": r.frames_total,
-        "frames_free": r.frames_free,
-        "frames_meta": r.frames_meta,
-        "frames_record": r.frames_record,
-        "frames_limbo": r.frames_limbo,
-        "frames_bad": r.frames_bad,
-        "heads_total": r.heads_total,
-        "heads_free": r.heads_free,
-        "records": r.records,
-        "keys": r.keys,
-        "live_bytes": r.live_bytes,
-        "durable_seq": r.durable_seq,
-        "sockets": r.sockets,
-        "tokens": r.tokens,
-        "lines_flushed": r.lines_flushed,
-        "fences": r.fences,
-        "submits": r.submits,
         "counters": {
             "placed": c.placed,
             "placed_bytes": c.placed_bytes,
@@ -281,5 +274,39 @@ fn value(info: &StoreInfo) -> Value {
             "computed_bytes": c.computed_bytes,
             "mismatch": c.mismatch,
         },
-    })
+    });
+    let numbers = json!({
+        "frames_total": r.frames_total,
+        "frames_free": r.frames_free,
+        "read_only": r.flags & pmskb_uapi::sys::PMSKB_STORE_READ_ONLY != 0,
+        "frames_payload": r.frames_payload,
+        "frames_record": r.frames_record,
+        "frames_list": r.frames_list,
+        "frames_index": r.frames_index,
+        "frames_held": r.frames_held,
+        "frames_reserve": r.frames_reserve,
+        "frames_limbo": r.frames_limbo,
+        "frames_bad": r.frames_bad,
+        "heads_total": r.heads_total,
+        "heads_free": r.heads_free,
+        "records": r.records,
+        "keys": r.keys,
+        "live_bytes": r.live_bytes,
+        "record_bytes": r.record_bytes,
+        "fragmented_bytes": r.fragmented_bytes,
+        "reclaimable_bytes": r.reclaimable_bytes,
+        "trunc_seq": r.trunc_seq,
+        "moved_records": r.moved_records,
+        "moved_bytes": r.moved_bytes,
+        "durable_seq": r.durable_seq,
+        "sockets": r.sockets,
+        "tokens": r.tokens,
+        "lines_flushed": r.lines_flushed,
+        "fences": r.fences,
+        "submits": r.submits,
+    });
+    if let (Value::Object(out), Value::Object(numbers)) = (&mut out, numbers) {
+        out.extend(numbers);
+    }
+    out
 }

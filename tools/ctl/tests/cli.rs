@@ -37,10 +37,10 @@ fn region() -> (Vec<u8>, u64) {
     let sb = format(&pm, &params).unwrap();
     let frames = HostFrames::new(&sb.geometry).unwrap();
     let work = vec![0; Core::WORK_WORDS];
-    let (mut store, _) = Core::recover(pm, frames, work, RecoverOptions::default()).unwrap();
+    let (mut store, _) = Core::recover(pm, frames, work, pmskb_core::host::list, RecoverOptions::default()).unwrap();
     let mut second = 0;
     for (key, bytes, time) in OBJECTS {
-        let frame = store.frames().alloc().unwrap();
+        let frame = store.frames().alloc(None, pmskb_core::Need::New).unwrap();
         store.pm().write(frame.off(), bytes).unwrap();
         let extent = [Extent::new(frame.off(), bytes.len() as u32)];
         if key == "a/2" {
@@ -72,6 +72,7 @@ fn region() -> (Vec<u8>, u64) {
             extents,
             meta,
             mode: PutMode::Upsert,
+ if_seq: None,
         };
         store.put(&args).unwrap();
     }

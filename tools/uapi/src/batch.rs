@@ -328,7 +328,8 @@ impl Batch {
                 key_len: op.key_len as u32,
                 nr_extents: op.nr_exts as u32,
                 extents,
-                reserved: [0; 4],
+                seq: 0,
+                reserved: [0; 3],
             });
         }
         self.results.clear();

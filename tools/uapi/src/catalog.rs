@@ -5,7 +5,8 @@
 use std::path::{Path, PathBuf};
 
 use pmskb_core::{
-    self as core, host::HostFrames, probe, Direction, Geometry, Pmem, Probe, Reader, Record,
+    self as core,
+    host::{self, HostFrames}, probe, Direction, Geometry, Pmem, Probe, Reader, Record,
     RecoverOptions, Report, Superblock,
 };
 
@@ -121,7 +122,7 @@ impl Catalog {
         let work = vec![0; core::Store::<Media, HostFrames, Vec<u64>>::WORK_WORDS];
         let options = RecoverOptions { read_only: true };
         let (store, report) =
-            core::Store::recover(media.clone(), frames, work, options).map_err(fail)?;
+            core::Store::recover(media.clone(), frames, work, host::list, options).map_err(fail)?;
         Ok(Self {
             source: Source::Offline(Box::new(store), report),
             media,

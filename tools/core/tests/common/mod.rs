@@ -33,7 +33,7 @@ pub fn recover(pm: SimPm) -> Result<(SimStore, Report)> {
     let geo = probe(&pm)?.superblock.geometry;
     let frames = HostFrames::new(&geo)?;
     let work = vec![0; SimStore::WORK_WORDS];
-    Store::recover(pm, frames, work, RecoverOptions::default())
+    Store::recover(pm, frames, work, host::list, RecoverOptions::default())
 }
 
 /// Bytes that say which put they belong to.
@@ -69,6 +69,16 @@ pub enum Op {
     },
     Commit,
     Sync,
+    /// All or none of them, after a commit.
+    Atomic(Vec<Op>),
+    /// Staged and dropped again.
+    Abort(Vec<Op>),
+    /// Everything in the log that is committed.
+    Truncate,
+    /// All steps of a compaction.
+    Compact,
+    /// Attached again, as the caches left it.
+    Recover,
 }
 
 /// What a store may hold: after a crash a key has one of these values.
@@ -77,6 +87,8 @@ pub struct Model {
     pub keys: BTreeMap<Vec<u8>, Vec<Option<(u64, usize)>>>,
     /// Records without key: acknowledged or not.
     pub log: BTreeMap<u64, (usize, bool)>,
+    /// What it may hold instead, as a whole.
+    pub instead: Option<Box<Model>>,
 }
 
 impl Model {
@@ -95,8 +107,17 @@ impl Model {
             Op::Append { tag, len } => {
                 self.log.insert(*tag, (*len, false));
             }
-            Op::Commit | Op::Sync => (),
+            Op::Truncate => self.log.clear(),
+            _ => (),
         }
+    }
+
+    /// What it will be when all of `ops` are done.
+    fn after(&self, ops: &[Op]) -> Box<Model> {
+        let mut after = self.clone();
+        ops.iter().for_each(|op| after.staged(op));
+        after.committed();
+        Box::new(after)
     }
 
     pub fn committed(&mut self) {
@@ -129,7 +150,7 @@ impl Driver {
     pub fn fill(&mut self, bytes: &[u8]) -> Result<Vec<Extent>> {
         let mut extents = Vec::new();
         for part in bytes.chunks(4096) {
-            let frame = self.store.frames().alloc().ok_or(Error::NoSpace)?;
+            let frame = self.store.frames().alloc(None, Need::New).ok_or(Error::NoSpace)?;
             self.held.push(frame);
             self.store.pm().write(frame.off(), part)?;
             extents.push(Extent::new(frame.off(), part.len() as u32));
@@ -139,12 +160,14 @@ impl Driver {
 
     pub fn let_go(&mut self) {
         for frame in self.held.drain(..) {
-            let _ = self.store.frames().unhold(frame);
+            let _ = self.store.frames().unhold(frame, 0);
         }
     }
 
     pub fn run(&mut self, op: &Op) -> Result<()> {
-        self.model.staged(op);
+        if !matches!(op, Op::Truncate) {
+            self.model.staged(op);
+        }
         match op {
             Op::Put { key, tag, len } => {
                 let bytes = bytes_of(*tag, *len);
@@ -162,7 +185,7 @@ impl Driver {
                 let extents = self.fill(&bytes)?;
                 self.put(Key::None, &extents, &bytes)
             }
-            Op::Delete { key } => match self.store.delete(key) {
+            Op::Delete { key } => match self.store.delete(key, None) {
                 Err(Error::NotFound) => Ok(()),
                 other => other.map(|_| ()),
             },
@@ -173,7 +196,61 @@ impl Driver {
                 Ok(())
             }
             Op::Sync => self.store.sync_pending(),
+            Op::Atomic(ops) => {
+                self.run(&Op::Commit)?;
+                self.store.begin_atomic()?;
+                self.model.instead = Some(self.model.after(ops));
+                self.stage_all(ops)?;
+                self.store.commit()?;
+                self.settle_instead();
+                Ok(())
+            }
+            Op::Abort(ops) => {
+                self.run(&Op::Commit)?;
+                self.store.begin_atomic()?;
+                self.stage_all(ops)?;
+                self.store.abort();
+                self.let_go();
+                Ok(())
+            }
+            Op::Truncate => {
+                self.run(&Op::Commit)?;
+                self.model.instead = Some(self.model.after(&[Op::Truncate]));
+                self.store.truncate(u64::MAX)?;
+                self.settle_instead();
+                while self.store.drain(2)? {}
+                Ok(())
+            }
+            Op::Compact => {
+                self.run(&Op::Commit)?;
+                let mut from = Some(0);
+                let mut scratch = [Extent::new(0, 0); 600];
+                while let Some(at) = from {
+                    from = self.store.compact(at, &mut scratch)?.next;
+                }
+                Ok(())
+            }
+            Op::Recover => {
+                self.run(&Op::Commit)?;
+                self.store = recover(self.store.pm().clone())?.0;
+                Ok(())
+            }
         }
+    }
+
+    fn stage_all(&mut self, ops: &[Op]) -> Result<()> {
+        let model = self.model.clone();
+        let done = ops.iter().try_for_each(|op| self.run(op));
+        self.model = model;
+        done
+    }
+
+    /// What may be instead has come true.
+    fn settle_instead(&mut self) {
+        if let Some(after) = self.model.instead.take() {
+            self.model = *after;
+        }
+        self.let_go();
     }
 
     fn put(&mut self, key: Key<'_>, extents: &[Extent], bytes: &[u8]) -> Result<()> {
@@ -188,6 +265,7 @@ impl Driver {
             extents,
             meta,
             mode: PutMode::Upsert,
+ if_seq: None,
         };
         self.store.put(&args).map(|_| ())
     }
@@ -241,6 +319,15 @@ pub fn object_of(store: &SimStore, record: &Record) -> Vec<u8> {
 
 /// Whether the store holds what the model allows, in order, with every byte.
 pub fn check(store: &SimStore, model: &Model) -> std::result::Result<(), String> {
+    match (check_one(store, model), &model.instead) {
+        (Err(one), Some(instead)) => {
+            check_one(store, instead).map_err(|other| format!("{one}, or {other}"))
+        }
+        (done, _) => done,
+    }
+}
+
+fn check_one(store: &SimStore, model: &Model) -> std::result::Result<(), String> {
     let mut buf = [0; 512];
     let mut keys = BTreeSet::new();
     let mut log = BTreeSet::new();
@@ -308,7 +395,7 @@ pub fn check(store: &SimStore, model: &Model) -> std::result::Result<(), String>
 /// Whether each frame is free or has a reason not to be.
 pub fn check_space(store: &SimStore) -> std::result::Result<(), String> {
     let mut used = BTreeSet::new();
-    let mut bytes = 0;
+    let (mut bytes, mut keys) = (0, 0);
     let records = log_of(store);
     for record in &records {
         used.insert(record.loc.0 / FRAME_SIZE);
@@ -317,6 +404,7 @@ pub fn check_space(store: &SimStore) -> std::result::Result<(), String> {
         }
         if let Some(extent) = record.key_extent(store.pm()).unwrap() {
             used.extend(extent.frames().map(|frame| u64::from(frame.0)));
+            keys += u64::from(extent.len);
         }
         bytes += u64::from(record.len);
     }
@@ -330,6 +418,15 @@ pub fn check_space(store: &SimStore) -> std::result::Result<(), String> {
         return Err(format!(
             "{stats:?} but {} records, {bytes} bytes",
             records.len()
+        ));
+    }
+    // No two records share bytes here.
+    let payload = u64::from(counts.payload) * FRAME_SIZE;
+    // (Of a store that is only read, what was replaced holds frames still.)
+    if !store.read_only() && payload != bytes + keys + counts.slack {
+        return Err(format!(
+            "{payload} bytes in payload frames: {bytes} of records, {keys} of keys, {}",
+            counts.slack
         ));
     }
     let busy = u64::from(counts.owned + counts.held);

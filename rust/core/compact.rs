@@ -1,0 +1,401 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Compaction: what is alive moves out of frames that have little in them.
+//!
+//! A step takes a run of record frames that follow each other in the log and
+//! writes their live records, with their sequence numbers, into one new record
+//! frame. Payload that lies in frames of which records use at most half moves with
+//! them, into frames that are filled with nothing else. The header of the new
+//! frame becomes valid and those of the old ones invalid in one batch, so that at
+//! each instant every record is there once. Its checksum is verified before a
+//! record's payload is moved; what is damaged stays where it is.
+
+use super::batch::Batch;
+use super::frame::{hold_all, unhold_all, Frames, Need};
+use super::node::Kind;
+use super::record::{
+    key_of, kill_word, read_dead, Draft, FrameHeader, KeySrc, Locator, Record, Verdict, LINES,
+};
+use super::tree::{find, Goal};
+use super::{
+    live, Buf, Error, Extent, Frame, Packer, Pmem, Result, Store, FRAME_SIZE, LINE_SIZE,
+};
+
+/// Record frames that one step looks at, at most.
+const LOOK_AT: u32 = 64;
+/// Record frames that one step moves, at most.
+const MAX_GROUP: usize = 16;
+/// Payload bytes that one step moves, about: bounds how long a step takes.
+const MAX_MOVE: u64 = 256 << 10;
+/// Objects above this stay where they are: their frames are full but for two.
+const MAX_MOVED_OBJECT: u32 = 64 << 10;
+/// A frame is sparse if records use no more of it.
+const SPARSE: u32 = (FRAME_SIZE / 2) as u32;
+
+/// What one step of [`Store::compact`] did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Compacted {
+    /// Where the next step goes on, or none if this was the end of the log.
+    pub next: Option<u64>,
+    /// Records rewritten.
+    pub records: u32,
+    /// Payload bytes copied.
+    pub bytes: u64,
+}
+
+/// What a record frame has in it.
+#[derive(Clone, Copy)]
+struct Gauge {
+    header: FrameHeader,
+    /// Lines of its live records.
+    lines: u64,
+    /// Payload bytes that would be moved.
+    bytes: u64,
+}
+
+impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
+    /// One step of compaction, over records from sequence number `from` on: moves
+    /// at most 63 records and about 256 KiB. Commits what is staged first. Frames
+    /// come back with the next step, commit or [`sync_pending`](Self::sync_pending).
+    ///
+    /// `scratch` is memory for the extents of one record; frames with records that
+    /// have more stay as they are. [`Error::NoSpace`] if there is no frame to move
+    /// to; nothing has changed then.
+    pub fn compact(&mut self, from: u64, scratch: &mut [Extent]) -> Result<Compacted> {
+        self.writable()?;
+        self.commit()?;
+        self.sync_pending()?;
+        if self.drain(256)? {
+            let next = Some(from);
+            return Ok(Compacted {
+                next,
+                ..Compacted::default()
+            });
+        }
+        let mut at = from;
+        let mut before: Option<Gauge> = None;
+        for _ in 0..LOOK_AT {
+            let Some(header) = self.frame_from(at)? else {
+                return Ok(Compacted::default());
+            };
+            at = header.base_seq.saturating_add(1);
+            let gauge = self.gauge(&header, scratch.len())?;
+            let worth = match (&before, &gauge) {
+                // Two that fit one frame, or one with payload to move.
+                (Some(one), Some(two)) if one.lines + two.lines < LINES => Some(*one),
+                (_, Some(two)) if two.bytes > 0 => Some(*two),
+                _ => None,
+            };
+            if let Some(first) = worth {
+                return self.compact_from(first, scratch);
+            }
+            before = gauge;
+        }
+        Ok(Compacted {
+            // The last one may fit with the one after it.
+            next: Some(before.map_or(at, |gauge| gauge.header.base_seq)),
+            ..Compacted::default()
+        })
+    }
+
+    /// The first record frame with a base sequence number of `from` or more.
+    fn frame_from(&self, from: u64) -> Result<Option<FrameHeader>> {
+        let key = from.to_be_bytes();
+        let goal = Goal::Above { inclusive: true };
+        let key = KeySrc::Bytes(&key);
+        match find(&self.pm, Kind::Log, live::LOG_ROOT, &key, goal)? {
+            Some(found) => FrameHeader::read(&self.pm, found.loc, &self.sb.uuid).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// Whether an extent is to be moved: it lies in one frame, of which records
+    /// use little.
+    fn sparse(&self, extent: Extent) -> bool {
+        let filling = self.fill.map(|(frame, _)| frame);
+        let mut frames = extent.frames();
+        match (frames.next(), frames.next()) {
+            (Some(frame), None) => {
+                Some(frame) != filling && (1..=SPARSE).contains(&self.frames.used(frame))
+            }
+            _ => false,
+        }
+    }
+
+    /// What is in a frame; none if it must stay as it is.
+    fn gauge(&mut self, header: &FrameHeader, max_extents: usize) -> Result<Option<Gauge>> {
+        if self.open.is_some_and(|open| open.header.off == header.off) {
+            return Ok(None);
+        }
+        let (mut lines, mut bytes, mut movable) = (0, 0, true);
+        self.each_record(header, |store, record| {
+            lines += u64::from(record.lines);
+            if record.nr_extents as usize > max_extents {
+                movable = false;
+                return Ok(());
+            }
+            let (pm, geo) = (&store.pm, &store.geo);
+            let mut sparse = 0;
+            for extent in record.extents(pm, geo).chain(record.key_extent(pm)?.map(Ok)) {
+                match extent {
+                    Ok(extent) if store.sparse(extent) => sparse += u64::from(extent.len),
+                    Ok(_) => (),
+                    Err(_) => movable = false,
+                }
+            }
+            if sparse > 0 && movable && record.len <= MAX_MOVED_OBJECT {
+                let mut part = [0u8; 256];
+                match record.verify(pm, geo, &mut part) {
+                    Ok(Verdict::Intact | Verdict::Unchecked) => bytes += sparse,
+                    _ => movable = false,
+                }
+            }
+            Ok(())
+        })?;
+        let header = *header;
+        Ok(movable.then_some(Gauge {
+            header,
+            lines,
+            bytes,
+        }))
+    }
+
+    /// Moves a frame's records, and those of frames after it that fit.
+    fn compact_from(&mut self, first: Gauge, scratch: &mut [Extent]) -> Result<Compacted> {
+        let mut group = [first.header; MAX_GROUP];
+        let (mut count, mut lines) = (1, first.lines);
+        let mut at = first.header.base_seq.saturating_add(1);
+        let mut next = None;
+        while let Some(header) = self.frame_from(at)? {
+            let gauge = self.gauge(&header, scratch.len())?;
+            match (gauge, group.get_mut(count)) {
+                (Some(gauge), Some(slot)) if lines + gauge.lines < LINES => *slot = header,
+                _ => {
+                    next = Some(header.base_seq);
+                    break;
+                }
+            }
+            lines += gauge.map_or(0, |gauge| gauge.lines);
+            at = header.base_seq.saturating_add(1);
+            count += 1;
+        }
+        let group = group.get(..count).ok_or(Error::Invalid)?;
+        let mut done = Compacted {
+            next,
+            ..Compacted::default()
+        };
+        let to = self.frames.alloc(None, Need::Reserve);
+        let to = to.ok_or(Error::NoSpace)?;
+        let filled = self.fill_frame(group, to, scratch, &mut done);
+        let (header, word, batch) = match filled {
+            Ok(filled) => filled,
+            Err(Error::NoSpace) => {
+                self.unfill(to)?;
+                return Err(Error::NoSpace);
+            }
+            Err(error) => {
+                self.failed = true;
+                return Err(error);
+            }
+        };
+        let moved = self.commit_move(group, &header, word, &batch);
+        self.failed = moved.is_err();
+        self.stats.moved_records += u64::from(done.records);
+        self.stats.moved_bytes += done.bytes;
+        moved.map(|()| done)
+    }
+
+    /// Writes the live records of `group` into the frame `to`, which does not
+    /// count yet.
+    fn fill_frame(
+        &mut self,
+        group: &[FrameHeader],
+        to: Frame,
+        scratch: &mut [Extent],
+        done: &mut Compacted,
+    ) -> Result<(FrameHeader, u64, Batch)> {
+        let base_seq = group.first().ok_or(Error::Invalid)?.base_seq;
+        let (header, word) = self.write_header(to, base_seq, false)?;
+        // So that `unfill` sees where the records end.
+        for line in 1..LINES {
+            self.pm.store(to.off() + line * LINE_SIZE, 0)?;
+        }
+        let mut line = 1;
+        let mut batch = Batch::new(self.batch_number);
+        batch.push(&self.pm, to.off(), word)?;
+        for from in group {
+            self.each_record(from, |store, record| {
+                let loc = Locator(to.off() + line * LINE_SIZE);
+                line += store.copy_record(record, loc, header.nonce, scratch, done)?;
+                Ok(())
+            })?;
+            batch.push(&self.pm, from.off, 0)?;
+        }
+        Ok((header, word, batch))
+    }
+
+    /// Copies one record to `loc`; how many lines it has there.
+    fn copy_record(
+        &mut self,
+        record: &Record,
+        loc: Locator,
+        nonce: u32,
+        scratch: &mut [Extent],
+        done: &mut Compacted,
+    ) -> Result<u64> {
+        let mut count = 0;
+        for extent in record.extents(&self.pm, &self.geo) {
+            *scratch.get_mut(count).ok_or(Error::Damaged)? = extent?;
+            count += 1;
+        }
+        let extents = scratch.get_mut(..count).ok_or(Error::Invalid)?;
+        let mut key = record.key_extent(&self.pm)?;
+        if record.len <= MAX_MOVED_OBJECT {
+            for extent in extents.iter_mut().chain(key.iter_mut()) {
+                if self.sparse(*extent) && done.bytes < MAX_MOVE {
+                    self.move_extent(extent, done)?;
+                }
+            }
+        }
+        let draft = Draft::again(&self.pm, &self.geo, record, key, extents)?;
+        if loc.line() + u64::from(draft.lines) > LINES {
+            return Err(Error::Damaged);
+        }
+        let payload = Packer::new(draft.extents).chain(draft.key_extent);
+        hold_all(&self.frames, payload.clone(), F::hold)?;
+        let lists = draft.list_frames();
+        let first = match self.alloc_lists(lists, Need::Reserve) {
+            Ok(first) => first,
+            Err(error) => {
+                unhold_all(&self.frames, payload);
+                return Err(error);
+            }
+        };
+        let word = self.write_record(&draft, loc, nonce, record.seq, first)?;
+        self.pm.store(loc.0, word)?;
+        self.flush(loc.0, u64::from(draft.lines) * LINE_SIZE)?;
+        self.frames
+            .hold(Frame::of(loc.frame_off()).ok_or(Error::Damaged)?, 0)?;
+        done.records += 1;
+        Ok(draft.lines.into())
+    }
+
+    /// Copies an extent into a frame that is being filled, durable with the next
+    /// fence. It stays where it is if there is no frame.
+    fn move_extent(&mut self, extent: &mut Extent, done: &mut Compacted) -> Result<()> {
+        let len = u64::from(extent.len);
+        let room = self
+            .fill
+            .filter(|(_, used)| FRAME_SIZE - used >= len);
+        let (frame, used) = match room {
+            Some(fill) => fill,
+            None => {
+                let near = self.fill.map(|(frame, _)| frame);
+                let Some(frame) = self.frames.alloc(near, Need::Reserve) else {
+                    return Ok(());
+                };
+                if let Some(full) = near {
+                    self.frames.unhold(full, 0)?;
+                }
+                self.fill = Some((frame, 0));
+                (frame, 0)
+            }
+        };
+        let to = frame.off() + used;
+        let mut at = 0;
+        while at < len {
+            let mut part = [0u8; 256];
+            let now = (len - at).min(part.len() as u64);
+            let part = part.get_mut(..now as usize).ok_or(Error::Invalid)?;
+            self.pm.read(extent.off.saturating_add(at), part)?;
+            self.pm.write(to + at, part)?;
+            at += now;
+        }
+        if !cfg!(pmskb_break = "compact_flush") {
+            self.flush(to, len)?;
+        }
+        self.fill = Some((frame, used + len));
+        extent.off = to;
+        done.bytes += len;
+        Ok(())
+    }
+
+    /// Gives back all that a frame took which will not count.
+    fn unfill(&mut self, to: Frame) -> Result<()> {
+        let mut line = 1;
+        while line < LINES {
+            let loc = Locator(to.off() + line * LINE_SIZE);
+            let lines = (self.pm.load(loc.0)? >> 40) & 0xff;
+            if lines == 0 {
+                break;
+            }
+            let record = read_dead(&self.pm, loc)?;
+            self.release_bytes(&record)?;
+            self.frames.unhold(to, 0)?;
+            line += lines;
+        }
+        self.stats.record_frames += 1;
+        self.push_empty(to)
+    }
+
+    /// The new frame counts instead of the old ones, durably; then for readers.
+    fn commit_move(
+        &mut self,
+        group: &[FrameHeader],
+        to: &FrameHeader,
+        word: u64,
+        batch: &Batch,
+    ) -> Result<()> {
+        let (off, in_force) = self.seal_batch(batch)?;
+        if !cfg!(pmskb_break = "compact_fence") {
+            self.fence();
+        }
+        self.end_batch()?;
+        self.pm.store(off, in_force)?;
+        self.flush(off, 8)?;
+        self.fence();
+        self.batch = Some(off);
+        self.batch_number += 1;
+
+        self.pm.store(to.off, word)?;
+        self.flush(to.off, 8)?;
+        self.stats.record_frames += 1;
+        // Readers find a record in its old place, or in its new one, or in both.
+        let base = to.base_seq.to_be_bytes();
+        let (log, base) = (&mut self.log, KeySrc::Bytes(&base));
+        if log.insert(&self.pm, &mut self.pool, &base, to.off)? != group.first().map(|f| f.off) {
+            return Err(Error::Damaged);
+        }
+        self.each_record(to, |store, record| {
+            if !record.keyed() {
+                return Ok(());
+            }
+            let key = key_of(&store.pm, record.loc.0)?;
+            let keys = &mut store.keys;
+            match keys.insert(&store.pm, &mut store.pool, &key, record.loc.0)? {
+                Some(_) => Ok(()),
+                None => Err(Error::Damaged),
+            }
+        })?;
+        for (index, from) in group.iter().enumerate() {
+            if index > 0 {
+                let base = from.base_seq.to_be_bytes();
+                let base = KeySrc::Bytes(&base);
+                self.log
+                    .remove(&self.pm, &self.frames, &mut self.pool, &base)?;
+            }
+            let frame = Frame::of(from.off).ok_or(Error::Damaged)?;
+            self.each_record(from, |store, record| {
+                // For readers that look at the old place still. The frame goes, so
+                // this needs no write-back.
+                let word = kill_word(&store.pm, record.loc)?;
+                store.pm.store(record.loc.0, word)?;
+                store.release_bytes(record)?;
+                store.frames.unhold(frame, 0)?;
+                Ok(())
+            })?;
+            self.push_empty(frame)?;
+        }
+        self.publish()
+    }
+}

@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Calls of the kernel that have no requirements but their context.
+
+use crate::bindings as ext;
+use kernel::bindings;
+
+/// Nanoseconds of `CLOCK_REALTIME`. Any context.
+#[inline]
+pub(crate) fn now() -> u64 {
+    // SAFETY: No requirements.
+    unsafe { ext::pmskb_now() }
+}
+
+/// Sleeps. Process context.
+pub(crate) fn sleep_ms(ms: u32) {
+    // SAFETY: Called where it may sleep.
+    unsafe { bindings::msleep(ms) };
+}
+
+/// Lets others run. Process context.
+pub(crate) fn resched() {
+    // SAFETY: Called where it may sleep.
+    unsafe { ext::pmskb_resched() };
+}
+
+/// Whether the task has a signal to handle. Process context.
+pub(crate) fn signal_pending() -> bool {
+    // SAFETY: No requirements.
+    unsafe { ext::pmskb_signal_pending() }
+}
+
+/// Fills `to` with random bytes. Any context; early at boot they may not be random yet.
+pub(crate) fn random(to: &mut [u8]) {
+    // SAFETY: `to` is valid for writes of its length.
+    unsafe { bindings::get_random_bytes(to.as_mut_ptr().cast(), to.len()) };
+}
