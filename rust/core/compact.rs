@@ -386,7 +386,7 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
             }
             let frame = Frame::of(from.off).ok_or(Error::Damaged)?;
             self.each_record(from, |store, record| {
-                // For readers that look at the old place still. The frame goes, so
+                // For readers that look at the old place still. The frame is over, so
                 // this needs no write-back.
                 let word = kill_word(&store.pm, record.loc)?;
                 store.pm.store(record.loc.0, word)?;
@@ -394,6 +394,8 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
                 store.frames.unhold(frame, 0)?;
                 Ok(())
             })?;
+            self.pm.store(from.off, 0)?;
+            self.flush(from.off, 8)?;
             self.push_empty(frame)?;
         }
         self.publish()

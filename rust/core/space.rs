@@ -91,13 +91,16 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         Ok(())
     }
 
-    /// Makes empty record frames invalid, but for the first `done`; how many there
-    /// are now that may be given back after the next fence.
-    pub(super) fn close_empty(&mut self, done: usize) -> Result<usize> {
-        for index in done..self.empty {
+    /// Makes empty record frames invalid; how many there are now that may be
+    /// given back after the next fence. The frames opened since are durable, so that
+    /// the highest sequence number is never forgotten.
+    pub(super) fn close_empty(&mut self) -> Result<usize> {
+        for index in 0..self.empty {
             let off = self.empty_at(index);
-            self.pm.store(off, 0)?;
-            self.flush(off, 8)?;
+            if self.pm.load(off)? != 0 {
+                self.pm.store(off, 0)?;
+                self.flush(off, 8)?;
+            }
             self.set_map(Frame::of(off).ok_or(Error::Damaged)?, false)?;
         }
         Ok(self.empty)
@@ -131,17 +134,11 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
     }
 
     fn sync_all(&mut self) -> Result<()> {
-        let mut closed = 0;
-        // What is empty now is closed with the frames that the kills empty.
-        if self.pending > 0 || self.batch.is_some() {
-            self.store_kills()?;
-            closed = self.close_empty(0)?;
-            self.fence();
-            // Its words are durable: what it stored, and what of it is closed.
-            self.end_batch()?;
-            self.release_pending()?;
-        }
-        let closed = self.close_empty(closed)?;
+        self.store_kills()?;
+        self.fence();
+        self.end_batch()?;
+        self.release_pending()?;
+        let closed = self.close_empty()?;
         self.fence();
         self.give_back(closed)
     }

@@ -6,12 +6,13 @@
 //!
 //! 1. put: payload, key and extent lists are written back; the record is
 //!    written, its first word 0. Before the first fence also the kills of records
-//!    that the commit before replaced, and the map words of frames opened.
+//!    that the commit before replaced, headers and map words of frames opened.
 //! 2. *fence*
 //! 3. The first word of each record is stored, those of deleted records are
-//!    overwritten; their lines are written back.
-//! 4. *fence*: all is durable. What the kills of 1 held is given back; the index
-//!    is changed.
+//!    overwritten; their lines are written back. So are headers and map words of
+//!    frames that are empty.
+//! 4. *fence*: all is durable. What the kills of 1 held, and the empty frames, are
+//!    given back; the index is changed.
 //!
 //! A record that is replaced is killed one commit later, so that there is no
 //! instant at which a crash would leave neither. A record is never killed before
@@ -789,7 +790,6 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
     fn commit_staged(&mut self) -> Result<()> {
         let batch = (self.atomic && self.staged_kept > 1).then_some(self.batch_number);
         self.store_kills()?;
-        let closed = self.close_empty(0)?;
         let sealed = match batch {
             Some(number) => Some(self.fill_batch(number)?),
             None => None,
@@ -805,6 +805,7 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         self.fence();
 
         self.end_batch()?;
+        let closed = self.close_empty()?;
         match sealed {
             Some((off, word)) => {
                 self.pm.store(off, word)?;
