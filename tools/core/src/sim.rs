@@ -180,6 +180,37 @@ impl SimPm {
         lines.filter(durable).filter(differs).collect()
     }
 
+    /// Of `unsafe_lines`, those that were stored to since they were last flushed.
+    pub fn dirty_lines(&self) -> Vec<u64> {
+        let lines = self.unsafe_lines();
+        let state = self.state.borrow();
+        let dirty = |line: &u64| {
+            let cached = &state.cache[line];
+            cached.flushed != Some(cached.now) && cached.now != state.media_line(*line)
+        };
+        lines.into_iter().filter(dirty).collect()
+    }
+
+    /// A hash of what is on the media, but for what is volatile.
+    pub fn media_hash(&self) -> u64 {
+        let state = self.state.borrow();
+        let mut hash = 0u64;
+        for (frame, page) in &state.media {
+            for line in 0..FRAME_SIZE / LINE_SIZE {
+                let content = &page[(line * LINE_SIZE) as usize..][..LINE];
+                if content.iter().any(|byte| *byte != 0) && !volatile(&state, frame * 64 + line) {
+                    let mut rng = Rng(frame * 64 + line);
+                    for word in content.chunks_exact(8) {
+                        let word = word.try_into().map_or(0, u64::from_le_bytes);
+                        rng.0 = rng.next() ^ word;
+                    }
+                    hash = hash.wrapping_add(rng.next());
+                }
+            }
+        }
+        hash
+    }
+
     /// What a crash leaves if of `unsafe_lines` those whose bit is set in `kept`
     /// were written back, the others not. Volatile lines by chance.
     pub fn crash_subset(&self, kept: u64, rng: &mut Rng) -> SimPm {

@@ -60,6 +60,12 @@ pub enum Op {
         tag: u64,
         len: usize,
     },
+    /// In so many pieces of one line, each in a frame of its own.
+    PutPieces {
+        key: Vec<u8>,
+        tag: u64,
+        pieces: usize,
+    },
     Append {
         tag: u64,
         len: usize,
@@ -99,6 +105,11 @@ impl Model {
                 .entry(key.clone())
                 .or_insert_with(|| vec![None])
                 .push(Some((*tag, *len))),
+            Op::PutPieces { key, tag, pieces } => self
+                .keys
+                .entry(key.clone())
+                .or_insert_with(|| vec![None])
+                .push(Some((*tag, *pieces * 64))),
             Op::Delete { key } => {
                 if let Some(values) = self.keys.get_mut(key) {
                     values.push(None);
@@ -113,7 +124,7 @@ impl Model {
     }
 
     /// What it will be when all of `ops` are done.
-    fn after(&self, ops: &[Op]) -> Box<Model> {
+    pub fn after(&self, ops: &[Op]) -> Box<Model> {
         let mut after = self.clone();
         ops.iter().for_each(|op| after.staged(op));
         after.committed();
@@ -134,6 +145,8 @@ impl Model {
 pub struct Driver {
     pub store: SimStore,
     pub model: Model,
+    /// The memory to look at, while it is not the store's.
+    pub crashed: Option<SimPm>,
     held: Vec<Frame>,
 }
 
@@ -142,6 +155,7 @@ impl Driver {
         Driver {
             store,
             model: Model::default(),
+            crashed: None,
             held: Vec::new(),
         }
     }
@@ -179,6 +193,16 @@ impl Driver {
                 let at = self.fill(key)?;
                 let extents = self.fill(&bytes)?;
                 self.put(Key::Extent(at[0]), &extents, &bytes)
+            }
+            Op::PutPieces { key, tag, pieces } => {
+                let bytes = bytes_of(*tag, *pieces * 64);
+                let mut extents = Vec::new();
+                for part in bytes.chunks(64) {
+                    extents.extend(self.fill(part)?);
+                    // So that they are not merged.
+                    self.fill(&[])?;
+                }
+                self.put(Key::Bytes(key), &extents, &bytes)
             }
             Op::Append { tag, len } => {
                 let bytes = bytes_of(*tag, *len);
@@ -246,7 +270,7 @@ impl Driver {
     }
 
     /// What may be instead has come true.
-    fn settle_instead(&mut self) {
+    pub fn settle_instead(&mut self) {
         if let Some(after) = self.model.instead.take() {
             self.model = *after;
         }
