@@ -58,7 +58,12 @@ wait_for_port() {
 
 # Made once: randomness is slow on emulated machines.
 blob() {
-	[ -e "$keep/blob" ] || head -c "$((mb << 20))" /dev/urandom >"$keep/blob"
+	local i
+	if [ ! -e "$keep/blob" ]; then
+		head -c 1048576 /dev/urandom >"$keep/block"
+		# No two blocks are alike, and none starts where a page does.
+		for i in $(seq "$mb"); do echo "$i" && cat "$keep/block"; done | head -c "$((mb << 20))" >"$keep/blob"
+	fi
 	ln -sf "$keep/blob" "$tmp/blob"
 }
 
@@ -269,6 +274,77 @@ a_dax_device_of_the_other_driver_is_refused() {
 	grep -qi 'protocol driver not attached\|EUNATCH' "$tmp/dev" || { sed 's/^/# /' "$tmp/dev"; fail "no EUNATCH"; }
 }
 
+# without WHAT: the lab's guest has it, unless somebody started one without.
+without() {
+	[ ! -e /pmskb-run/env ] || fail "$1; tools/lab/tests.d/60-selftests says how to start a guest that has it"
+	skip "$1"
+}
+
+# refused DEVICE MESSAGE: by format, forced or not, and by attach.
+refused() {
+	local what
+	for what in "format" "format --force" attach; do
+		# shellcheck disable=SC2086 # words
+		if ctl $what "$1" >"$tmp/refused" 2>&1; then fail "$what of $1 is not refused"; fi
+		grep -q "$2" "$tmp/refused" || { sed 's/^/# /' "$tmp/refused"; fail "$what: not for the right reason"; }
+	done
+}
+
+a_region_whose_writes_need_the_host_is_refused() {
+	local d dev=
+	modprobe -q virtio_pmem
+	for _ in $(seq 30); do
+		for d in /sys/block/pmem*; do
+			case $(realpath "$d") in */virtio[0-9]*) dev=/dev/${d##*/} ;; esac
+		done
+		[ ! -e "$dev" ] || break
+		sleep 0.1
+	done
+	[ -n "$dev" ] || without "there is no virtio-pmem device"
+	# DAX it does: that is not why.
+	[ "$(cat "/sys/block/${dev##*/}/queue/dax")" = 1 ] || fail "$dev does no DAX at all"
+	refused "$dev" 'No such device or address'
+}
+
+# dax_device SIZE: makes one of the region in $region; sets device.
+dax_device() {
+	local d
+	echo 1 >"$region/create" || fail "cannot make a DAX device"
+	device=
+	for d in "$region"/../dax*; do [ "$(cat "$d/size")" != 0 ] || device=${d##*/}; done
+	echo "$1" >"/sys/bus/dax/devices/$device/size" || fail "cannot make a DAX device of $1 bytes"
+}
+
+# fsdev DEVICE: binds it to fsdev_dax, whatever has it.
+fsdev() {
+	local d=/sys/bus/dax/drivers
+	modprobe -q fsdev_dax
+	[ ! -e "/sys/bus/dax/devices/$1/driver" ] || echo "$1" >"/sys/bus/dax/devices/$1/driver/unbind"
+	echo "$1" >$d/fsdev_dax/new_id
+	[ -e "$d/fsdev_dax/$1" ] || fail "fsdev_dax does not take $1"
+	[ -e "/dev/$1" ] || sleep 1
+}
+
+a_device_of_two_ranges_is_refused() {
+	local region='' device first second d
+	modprobe -q dax_hmem region_idle=1
+	for d in /sys/bus/platform/devices/hmem.*/dax_region; do [ -e "$d/create" ] && region=$d; done
+	[ -n "$region" ] || without "there is no soft-reserved memory"
+	dax_device $((16 << 20))
+	first=$device
+	dax_device $((32 << 20))
+	second=$device
+	# What is behind it is taken, so the rest lies elsewhere.
+	echo $((48 << 20)) >"/sys/bus/dax/devices/$first/size" || fail "cannot enlarge $first"
+	[ -e "/sys/bus/dax/devices/$first/mapping1" ] || fail "$first is still one range"
+	fsdev "$first"
+	fsdev "$second"
+	refused "/dev/$first" 'Invalid cross-device link'
+	# With one range, of the same memory, there is nothing to refuse.
+	attach "/dev/$second"
+	detach
+}
+
 # --- TAP -----------------------------------------------------------------
 
 tests="the_module_unloads_and_loads
@@ -280,6 +356,8 @@ unloading_with_an_open_store_is_refused
 unloading_with_an_attached_socket_is_refused
 the_attach_parameter_attaches_at_load
 time_wait_sockets_do_not_keep_the_module_nor_crash_without_it
+a_region_whose_writes_need_the_host_is_refused
+a_device_of_two_ranges_is_refused
 a_dax_device_of_the_other_driver_is_refused
 a_raw_namespace_is_refused"
 
