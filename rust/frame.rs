@@ -97,6 +97,9 @@ impl FrameArea {
     /// A free frame, Owned, with one hold: the one after `near` if that is free. None when the
     /// store is full but for its reserve. Any context but hard interrupts.
     pub(crate) fn alloc(&self, near: Option<Frame>) -> Option<Frame> {
+        if crate::inject::fails() {
+            return None;
+        }
         self.table
             .lock()
             .alloc(near, Need::New, |frame| self.idle(frame))
@@ -222,6 +225,9 @@ impl FrameArea {
 
 impl pm::Frames for Arc<FrameArea> {
     fn alloc(&self, near: Option<Frame>, need: Need) -> Option<Frame> {
+        if need == Need::New && crate::inject::fails() {
+            return None;
+        }
         self.table
             .lock()
             .alloc(near, need, |frame| self.idle(frame))

@@ -77,6 +77,7 @@ enum pmskb_cmd {
 };
 
 const char *pmskb_attach_param(void);
+bool pmskb_inject_fails(void);
 
 /* Sockets and packets. */
 struct sock;

@@ -24,6 +24,7 @@
 //! | `region.rs` | the DAX memory of one device |
 //! | `vma.rs` | mappings in user space |
 //! | `lock.rs` | a spinlock that softirqs may take |
+//! | `inject.rs` | allocations that fail on purpose, in builds for tests only |
 //! | `core/` | format, log, index, commit, recovery: the same files as in user space |
 
 use kernel::prelude::*;
@@ -34,6 +35,7 @@ mod device;
 mod frame;
 mod head;
 mod host;
+mod inject;
 mod lock;
 mod note;
 mod page;
