@@ -66,6 +66,8 @@ pub struct Args {
     pub lose: Lose,
     /// The seed of [`Lose::Random`].
     pub seed: u64,
+    /// Further outcomes of the same cut, and their seeds: an image each.
+    pub more: Vec<(Lose, u64)>,
     /// When the power goes; without it, when QEMU exits.
     pub cut: Option<Cut>,
     /// Whether events count for the cut only from the first mark on.
@@ -90,6 +92,7 @@ impl Args {
             stats: None,
             lose: Lose::All,
             seed: 0,
+            more: Vec::new(),
             cut: None,
             arm: false,
             count: Count::None,
@@ -113,12 +116,11 @@ impl Args {
                 "label" => parsed.label = number(key, value)?,
                 "seed" => parsed.seed = number(key, value)?,
                 "directmap" => parsed.directmap = Some(number(key, value)?),
-                "lose" => {
-                    parsed.lose = match value {
-                        "all" => Lose::All,
-                        "none" => Lose::None,
-                        "random" => Lose::Random,
-                        _ => return Err(format!("lose={value}: all, none or random")),
+                "lose" => parsed.lose = lose(key, value)?,
+                "more" => {
+                    for one in value.split('+') {
+                        let (how, seed) = one.split_once(':').unwrap_or((one, "0"));
+                        parsed.more.push((lose(key, how)?, number(key, seed)?));
                     }
                 }
                 "count" => {
@@ -147,6 +149,9 @@ impl Args {
             }
         }
         parsed.pm = pm.ok_or("pm=FILE, the NVDIMM's backing file, is missing")?;
+        if parsed.out.is_none() && !parsed.more.is_empty() {
+            return Err("more= does nothing without out=".into());
+        }
         if parsed.base % LINE as u64 != 0 {
             return Err(format!("base={:#x} is inside a cache line", parsed.base));
         }
@@ -161,6 +166,15 @@ impl Args {
             };
         }
         Ok(parsed)
+    }
+}
+
+fn lose(key: &str, value: &str) -> Result<Lose, String> {
+    match value {
+        "all" => Ok(Lose::All),
+        "none" => Ok(Lose::None),
+        "random" => Ok(Lose::Random),
+        _ => Err(format!("{key}={value}: all, none or random")),
     }
 }
 
@@ -227,11 +241,12 @@ mod tests {
     fn all_of_them() {
         let a = parse(
             "pm=x,out=o,stats=s,base=0x200000000,label=0,lose=random,seed=7,cut=fence:12,arm=mark,\
-             count=all,drain=locked,directmap=0xff20000000000000",
+             count=all,drain=locked,directmap=0xff20000000000000,more=none+random:3",
         )
         .unwrap();
         assert_eq!(a.base, 0x2_0000_0000);
         assert!(a.locked);
+        assert_eq!(a.more, [(Lose::None, 0), (Lose::Random, 3)]);
         assert_eq!(
             a.cut,
             Some(Cut {
@@ -265,6 +280,9 @@ mod tests {
             ("pm=x,loose=all", "loose= is unknown"),
             ("pm=x,stray", "stray"),
             ("pm=x,lose=some", "lose=some"),
+            ("pm=x,out=o,more=none+some", "more=some"),
+            ("pm=x,out=o,more=random:x", "more=x"),
+            ("pm=x,more=none", "without out="),
             ("pm=x,seed=-1", "seed=-1"),
             ("pm=x,seed=", "seed="),
             ("pm=x,base=33", "inside"),

@@ -7,7 +7,7 @@
 use crate::args::{Args, Count, Event};
 use crate::decode::{self, FlushKind, Mem, Op, Registers, Segment};
 use crate::image;
-use crate::model::{Flush, LINE, Model};
+use crate::model::{Flush, LINE, Lose, Model};
 use crate::paging::{self, DirectMap, Walk};
 use crate::qemu::{self, Access, Insn, Look, Qemu, Register, Regs, Tb};
 use crate::region::Region;
@@ -355,11 +355,24 @@ impl Plugin {
         let model = &state.model;
         let region = model.memory();
         let (extents, labels) = (region.extents(), region.labels());
+        let make = |lose: Lose, seed: u64, out: Option<&File>| {
+            image::cut(model, &extents, &labels, lose, seed, out)
+        };
         let (lose, seed) = (self.args.lose, self.args.seed);
-        let make = |out: Option<&File>| image::cut(model, &extents, &labels, lose, seed, out);
         let damage = match &self.args.out {
-            Some(path) => image::replace(path, |file| make(Some(file)))?,
-            None => make(None).map_err(|e| e.to_string())?,
+            Some(path) => {
+                for (lose, seed) in &self.args.more {
+                    let mut name = path.clone().into_os_string();
+                    name.push(match lose {
+                        Lose::All => ".all".into(),
+                        Lose::None => ".none".into(),
+                        Lose::Random => format!(".random{seed}"),
+                    });
+                    image::replace(name.as_ref(), |file| make(*lose, *seed, Some(file)))?;
+                }
+                image::replace(path, |file| make(lose, seed, Some(file)))?
+            }
+            None => make(lose, seed, None).map_err(|e| e.to_string())?,
         };
         let report = Report {
             reason,
