@@ -452,6 +452,118 @@ TEST_F_TIMEOUT(life, failed_allocations_leave_nothing_behind, 300)
 	all_back(_metadata, &self->s, self->references);
 }
 
+#define PARAMETERS "/sys/module/pmskb/parameters/"
+
+static int inject(unsigned int nth)
+{
+	char number[16];
+	int fd = open(PARAMETERS "inject", O_WRONLY | O_CLOEXEC), err = 0, n;
+
+	if (fd < 0)
+		return -errno;
+	n = snprintf(number, sizeof(number), "%u", nth);
+	if (write(fd, number, n) != n)
+		err = -errno;
+	close(fd);
+	return err;
+}
+
+/*
+ * The module's own: rust/inject.rs, in a module that was built for it. A connection
+ * gets through it all as best it can; what TCP has acknowledged arrives, whatever fails.
+ */
+TEST_F_TIMEOUT(life, every_nth_allocation_fails_and_nothing_stays_behind, 1800)
+{
+	static const unsigned int nths[] = { 1, 2, 3, 5, 8, 13, 34, 144 };
+	unsigned long nr = env_number("PMSKB_TEST_CONNS", 2000), i, whole = 0, attached = 0, kept = 0;
+	struct net net = { variant->family, variant->link };
+	struct linger lin = { 1, 0 };
+	struct sockaddr_storage addr;
+	static struct pmskb_desc d[64];
+	static struct pmskb_ext e[64];
+	static char out[6000], in[6000];
+	struct pmskb_sock_info si;
+	struct pmskb_op op;
+	long before = 0, failed;
+	socklen_t len;
+	int l, c, s, n, err, a;
+
+	if (access(PARAMETERS "inject", F_OK))
+		SKIP(return, "the module was built without PMSKB_INJECT=1");
+	fill(out, sizeof(out), 90, 0);
+	l = net_listen(&net, &addr, &len);
+	ASSERT_LE(0, l);
+	ASSERT_EQ(0, sock_attach_opt(l, self->s.fd));
+	for (i = 0; i < nr; i++) {
+		/* Each for an equal share of the connections. */
+		if (i % (nr / ARRAY_LEN(nths) + 1) == 0) {
+			before = read_number(PARAMETERS "injected");
+			ASSERT_EQ(0, inject(nths[i / (nr / ARRAY_LEN(nths) + 1)]));
+		}
+		/* When all ports are in TIME_WAIT, some will be free soon. */
+		for (n = 0; n < 900; n++) {
+			c = net_connect(&net, &addr, len);
+			if (c != -EADDRNOTAVAIL)
+				break;
+			usleep(100000);
+		}
+		ASSERT_LE(0, c) TH_LOG("connection %lu: %s", i, strerror(-c));
+		s = accept(l, NULL, NULL);
+		ASSERT_LE(0, s);
+		timeout_set(s, 20000);
+		/* One that has not inherited the store is to be had again. */
+		err = sock_info(s, &si);
+		a = err ? sock_attach_ioctl(s, self->s.fd) : 0;
+		EXPECT_TRUE(a == 0 || a == -ENOMEM) TH_LOG("connection %lu: attach says %d", i, a);
+		attached += !a;
+		ASSERT_EQ(0, send_all(c, out, i % 3 ? 200 : sizeof(out)));
+		switch (i % 8) {
+		case 0: /* the client resets what was not read */
+			setsockopt(c, SOL_SOCKET, SO_LINGER, &lin, sizeof(lin));
+			break;
+		case 1: /* the server does */
+			break;
+		case 2: /* tokens: some held, some persisted, or none for want of memory */
+		case 3:
+			if (a || sock_mode(s, PMSKB_RX_DESC))
+				break;
+			n = desc_recv_flags(s, d, ARRAY_LEN(d), 0, NULL, NULL);
+			EXPECT_TRUE(n > 0 || n == -ENOMEM || n == -ENOBUFS)
+				TH_LOG("connection %lu: descriptors: %d", i, n);
+			if (n <= 0 || i % 8 == 2)
+				break;
+			exts_of(e, d, n);
+			op = op_put("one", 3, e, n);
+			err = persist_one(s, &op, NULL);
+			EXPECT_TRUE(err > 0 || err == -ENOSPC || err == -ENOMEM)
+				TH_LOG("connection %lu: put: %d", i, err);
+			kept += err > 0;
+			break;
+		default:
+			ASSERT_EQ(0, recv_all(s, in, i % 3 ? 200 : sizeof(in)));
+			ASSERT_EQ(-1, differs(in, i % 3 ? 200 : sizeof(in), 90, 0)) TH_LOG("connection %lu", i);
+			whole++;
+		}
+		if (i & 8)
+			close(s);
+		close(c);
+		if (!(i & 8))
+			close(s);
+		if ((i + 1) % (nr / ARRAY_LEN(nths) + 1) == 0 || i + 1 == nr) {
+			failed = read_number(PARAMETERS "injected") - before;
+			EXPECT_LT(0, failed) TH_LOG("before connection %lu nothing has failed", i);
+		}
+	}
+	ASSERT_EQ(0, inject(0));
+	TH_LOG("%ld allocations failed; of %lu connections %lu were attached, %lu arrived whole, %lu were kept",
+	       read_number(PARAMETERS "injected"), nr, attached, whole, kept);
+	EXPECT_LT(nr / 2, attached);
+	EXPECT_GT(nr, attached);
+	EXPECT_LT(0, kept);
+	close(l);
+	all_back(_metadata, &self->s, self->references);
+}
+
 /* ---- the driver leaves ---- */
 
 /* The driver's directory in sysfs and the device's name in it. */
