@@ -320,7 +320,7 @@ fsdev() {
 	local d=/sys/bus/dax/drivers
 	modprobe -q fsdev_dax
 	[ ! -e "/sys/bus/dax/devices/$1/driver" ] || echo "$1" >"/sys/bus/dax/devices/$1/driver/unbind"
-	echo "$1" >$d/fsdev_dax/new_id
+	echo "$1" >"$d"/fsdev_dax/new_id
 	[ -e "$d/fsdev_dax/$1" ] || fail "fsdev_dax does not take $1"
 	[ -e "/dev/$1" ] || sleep 1
 }
