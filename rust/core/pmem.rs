@@ -4,6 +4,7 @@
 
 use super::{Error, Result, LINE_SIZE};
 use core::ops::DerefMut;
+use core::sync::atomic::{fence, Ordering};
 
 /// Memory that the host allocates for the core, in 64-bit words.
 ///
@@ -48,6 +49,13 @@ pub trait Pmem {
     /// Waits until every write-back started before is durable.
     fn fence(&self);
 
+    /// Keeps what was read before this call, by [`read`](Pmem::read) too, from
+    /// being read after what is loaded after it. Only for a model of memory to
+    /// replace: an ordinary one needs nothing else.
+    fn load_fence(&self) {
+        fence(Ordering::Acquire);
+    }
+
     /// CRC32C of `data`, continuing from `crc` (0 at the start):
     /// `crc32c(crc32c(0, a), b)` is the CRC32C of `a` followed by `b`.
     fn crc32c(&self, crc: u32, data: &[u8]) -> u32 {
@@ -76,6 +84,9 @@ impl<P: Pmem + ?Sized> Pmem for &P {
     }
     fn fence(&self) {
         (**self).fence()
+    }
+    fn load_fence(&self) {
+        (**self).load_fence()
     }
     fn crc32c(&self, crc: u32, data: &[u8]) -> u32 {
         (**self).crc32c(crc, data)

@@ -191,6 +191,9 @@ impl<P: Pmem> Pmem for Mapped<P> {
         Err(Error::ReadOnly)
     }
     fn fence(&self) {}
+    fn load_fence(&self) {
+        self.pm.load_fence();
+    }
     fn crc32c(&self, crc: u32, data: &[u8]) -> u32 {
         self.pm.crc32c(crc, data)
     }
@@ -316,7 +319,7 @@ impl<P: Pmem> Reader<P> {
             let word = self.pm.load(loc.0)?;
             let line = parse(&self.pm, &self.sb.geometry, &header, loc.line());
             // Killed while it was read, a record looks damaged: it is not.
-            core::sync::atomic::fence(core::sync::atomic::Ordering::Acquire);
+            self.pm.load_fence();
             if self.pm.load(loc.0)? == word {
                 return line;
             }
@@ -338,7 +341,7 @@ impl<P: Pmem> Reader<P> {
     /// Whether a record is still alive, so that what was read of its key and
     /// bytes before this call is what it said.
     pub fn still(&self, record: &Record) -> Result<bool> {
-        core::sync::atomic::fence(core::sync::atomic::Ordering::Acquire);
+        self.pm.load_fence();
         let word = self.pm.load(record.loc.0)?;
         Ok(word == record.word && self.pm.load(record.loc.0 + 8)? == record.seq)
     }

@@ -575,7 +575,7 @@ impl Found {
     /// Whether the entry is still the tree's: what was read of its record before
     /// this call was then a record's.
     pub(super) fn still<P: Pmem>(&self, pm: &P) -> Result<bool> {
-        core::sync::atomic::fence(core::sync::atomic::Ordering::Acquire);
+        pm.load_fence();
         Ok(pm.load(self.node)? == self.version)
     }
 }
@@ -599,7 +599,7 @@ impl Seen {
     }
 
     fn holds<P: Pmem>(&self, pm: &P) -> Result<bool> {
-        core::sync::atomic::fence(core::sync::atomic::Ordering::Acquire);
+        pm.load_fence();
         Ok(pm.load(self.node)? == self.version)
     }
 
