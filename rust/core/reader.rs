@@ -75,7 +75,11 @@ pub(super) fn log_next<P: Pmem>(
             }
             return Ok(None);
         };
-        let durable = pm.load(live::DURABLE_SEQ)?;
+        let durable = if cfg!(pmskb_break = "reader_durable") {
+            u64::MAX
+        } else {
+            pm.load(live::DURABLE_SEQ)?
+        };
         let step = log_frame(view, found.loc, from, durable, after, start);
         if !found.still(pm)? {
             tries += 1;
@@ -341,6 +345,9 @@ impl<P: Pmem> Reader<P> {
     /// Whether a record is still alive, so that what was read of its key and
     /// bytes before this call is what it said.
     pub fn still(&self, record: &Record) -> Result<bool> {
+        if cfg!(pmskb_break = "reader_still") {
+            return Ok(true);
+        }
         self.pm.load_fence();
         let word = self.pm.load(record.loc.0)?;
         Ok(word == record.word && self.pm.load(record.loc.0 + 8)? == record.seq)

@@ -245,7 +245,11 @@ fn features() -> Maker {
         }
     }
     // Keys to print.
-    for key in [&b"a\\b\"c'\x7f\n\xff"[..], "s\u{e9}\u{20ac}".as_bytes(), b" "] {
+    for key in [
+        &b"a\\b\"c'\x7f\n\xff"[..],
+        "s\u{e9}\u{20ac}".as_bytes(),
+        b" ",
+    ] {
         maker.small(key);
     }
     // Empty objects.
