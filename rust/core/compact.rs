@@ -311,7 +311,7 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
             self.pm.write(to + at, part)?;
             at += now;
         }
-        if !cfg!(pmskb_break = "compact_flush") {
+        if !broken!("compact_flush") {
             self.flush(to, len)?;
         }
         self.fill = Some((frame, used + len));
@@ -347,7 +347,7 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         batch: &Batch,
     ) -> Result<()> {
         let (off, in_force) = self.seal_batch(batch)?;
-        if !cfg!(pmskb_break = "compact_fence") {
+        if !broken!("compact_fence") {
             self.fence();
         }
         self.end_batch()?;

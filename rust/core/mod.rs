@@ -29,6 +29,21 @@
 //! Locking: none in here. A [`Store`] has one writer at a time (the host holds a
 //! mutex); [`Reader`]s need no lock. [`FrameTable`] is wrapped in the host's lock.
 
+/// Whether the build has a check, flush or fence taken out, to see whether tests notice:
+/// `cfg(pmskb_break = "NAME")`; or, on a host, any of them by name when it runs.
+#[cfg(not(pmskb_break = "by_name"))]
+macro_rules! broken {
+    ($name:literal) => {
+        cfg!(pmskb_break = $name)
+    };
+}
+#[cfg(pmskb_break = "by_name")]
+macro_rules! broken {
+    ($name:literal) => {
+        crate::host::broken($name)
+    };
+}
+
 mod batch;
 mod compact;
 mod compose;

@@ -75,7 +75,7 @@ pub(super) fn log_next<P: Pmem>(
             }
             return Ok(None);
         };
-        let durable = if cfg!(pmskb_break = "reader_durable") {
+        let durable = if broken!("reader_durable") {
             u64::MAX
         } else {
             pm.load(live::DURABLE_SEQ)?
@@ -345,7 +345,7 @@ impl<P: Pmem> Reader<P> {
     /// Whether a record is still alive, so that what was read of its key and
     /// bytes before this call is what it said.
     pub fn still(&self, record: &Record) -> Result<bool> {
-        if cfg!(pmskb_break = "reader_still") {
+        if broken!("reader_still") {
             return Ok(true);
         }
         self.pm.load_fence();

@@ -22,7 +22,7 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
             let loc = self.pending_at(index);
             let word = kill_word(&self.pm, loc)?;
             self.pm.store(loc.0, word)?;
-            if !cfg!(pmskb_break = "kill_flush") {
+            if !broken!("kill_flush") {
                 self.flush(loc.0, 8)?;
             }
         }
@@ -159,7 +159,7 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
             return Ok(());
         }
         self.sb.trunc_seq = seq;
-        if cfg!(pmskb_break = "truncate_early") {
+        if broken!("truncate_early") {
             self.stats.draining = true;
             self.drain_some(u32::MAX)?;
             self.sync_all()?;

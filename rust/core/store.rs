@@ -649,7 +649,7 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         };
         let seq = self.next_seq;
         let loc = Locator(open.header.off + open.line * LINE_SIZE);
-        if !cfg!(pmskb_break = "payload_flush") {
+        if !broken!("payload_flush") {
             self.flush_payload(draft)?;
         }
         let word = self.write_record(draft, loc, open.header.nonce, seq, first_list)?;
@@ -746,7 +746,7 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         now: bool,
     ) -> Result<(FrameHeader, u64)> {
         // What an earlier record frame left in this one must not count.
-        if !cfg!(pmskb_break = "epoch") {
+        if !broken!("epoch") {
             self.opened += 1;
         }
         let epoch = (self.opened << 32) | (self.sb.attaches & 0xffff_ffff);
@@ -763,7 +763,7 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         let word = self.pm.load(at)?;
         let word = if used { word | bit } else { word & !bit };
         self.pm.store(at, word)?;
-        if cfg!(pmskb_break = "map_flush") {
+        if broken!("map_flush") {
             return Ok(());
         }
         self.flush(at, 8)
@@ -794,12 +794,12 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
             Some(number) => Some(self.fill_batch(number)?),
             None => None,
         };
-        if cfg!(pmskb_break = "batch_order") {
+        if broken!("batch_order") {
             if let Some((off, word)) = sealed {
                 self.pm.store(off, word)?;
             }
         }
-        if cfg!(pmskb_break = "fence1") {
+        if broken!("fence1") {
             self.unfenced = false;
         }
         self.fence();
@@ -811,9 +811,9 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
                 self.pm.store(off, word)?;
                 self.flush(off, 8)?;
             }
-            None => self.store_words(!cfg!(pmskb_break = "record_flush"))?,
+            None => self.store_words(!broken!("record_flush"))?,
         }
-        if cfg!(pmskb_break = "fence2") {
+        if broken!("fence2") {
             self.unfenced = false;
         }
         self.fence();
@@ -873,7 +873,7 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         for index in 0..self.staged {
             let staged = self.staged_at(index);
             match staged.kept {
-                Kept::Put if !cfg!(pmskb_break = "batch_records") => {
+                Kept::Put if !broken!("batch_records") => {
                     self.flush(staged.loc, ((staged.word >> 40) & 0xff) * LINE_SIZE)?;
                 }
                 Kept::Gone => continue,
@@ -887,7 +887,7 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
     /// Ends the filling of a batch area and starts its write-back.
     pub(super) fn seal_batch(&mut self, batch: &Batch) -> Result<(u64, u64)> {
         let (len, word) = batch.seal(&self.pm, &self.sb)?;
-        if !cfg!(pmskb_break = "batch_flush") {
+        if !broken!("batch_flush") {
             self.flush(batch.off(), len)?;
         }
         Ok((batch.off(), word))
@@ -898,7 +898,7 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         let Some(off) = self.batch.take() else {
             return Ok(());
         };
-        if cfg!(pmskb_break = "batch_kill") {
+        if broken!("batch_kill") {
             return Ok(());
         }
         batch::kill(&self.pm, off)?;

@@ -298,7 +298,7 @@ impl Superblock {
         let first = matches!(Superblock::decode(pm, 0), Ok(sb) if sb.update == self.update);
         self.update = self.update.checked_add(1).ok_or(Error::Damaged)?;
         let (mut one, mut other) = (0, self.geometry.data_end());
-        if first && !cfg!(pmskb_break = "superblock_order") {
+        if first && !broken!("superblock_order") {
             core::mem::swap(&mut one, &mut other);
         }
         self.write_at(pm, one)?;

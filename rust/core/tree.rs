@@ -575,7 +575,7 @@ impl Found {
     /// Whether the entry is still the tree's: what was read of its record before
     /// this call was then a record's.
     pub(super) fn still<P: Pmem>(&self, pm: &P) -> Result<bool> {
-        if cfg!(pmskb_break = "reader_entry") {
+        if broken!("reader_entry") {
             return Ok(true);
         }
         pm.load_fence();
@@ -602,7 +602,7 @@ impl Seen {
     }
 
     fn holds<P: Pmem>(&self, pm: &P) -> Result<bool> {
-        if cfg!(pmskb_break = "reader_version") {
+        if broken!("reader_version") {
             return Ok(true);
         }
         pm.load_fence();

@@ -41,6 +41,14 @@ impl Frames for HostFrames {
     }
 }
 
+/// Whether this run is to do without something: `PMSKB_BREAK=NAME`, in a build for that.
+#[cfg(pmskb_break = "by_name")]
+pub fn broken(name: &str) -> bool {
+    static NAME: std::sync::OnceLock<Option<String>> = std::sync::OnceLock::new();
+    let wanted = NAME.get_or_init(|| std::env::var("PMSKB_BREAK").ok());
+    wanted.as_deref() == Some(name)
+}
+
 /// Allocates the list that [`Store::recover`](crate::Store::recover) asks for.
 pub fn list(count: usize) -> Option<Vec<IndexEntry>> {
     Some(vec![IndexEntry::default(); count])

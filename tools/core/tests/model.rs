@@ -27,6 +27,8 @@ const LEN: u64 = 8 << 20;
 const READERS: usize = 2;
 /// So many keys that follow each other are read and written in a schedule.
 const NEAR: u64 = 6;
+/// In place of the number of a key.
+const KEYLESS: u64 = u64::MAX;
 
 /// What was looked at, over all schedules: loads that saw an old value, records that
 /// were read, those of them that were gone when looked at again, and times that a
@@ -303,7 +305,12 @@ impl Pmem for Weak {
     }
 
     fn fence(&self) {
-        self.step();
+        // It takes its time: what is stored is visible long before it is durable.
+        if self.state.lock().unwrap().concurrent {
+            for _ in 0..random(200) {
+                self.step();
+            }
+        }
         let mut state = self.state.lock().unwrap();
         state.fenced = state.last;
     }
@@ -350,7 +357,9 @@ fn put<P: Pmem>(store: &mut Store<P, HostFrames, Vec<u64>>, n: u64, tag: u64, ex
     bytes.extend(&key);
     store.pm().write(frame.off(), &bytes).unwrap();
     let args = PutArgs {
-        key: if extent {
+        key: if n == KEYLESS {
+            Key::None
+        } else if extent {
             Key::Extent(Extent::new(frame.off() + 24, key.len() as u32))
         } else {
             Key::Bytes(&key)
@@ -437,7 +446,8 @@ fn schedule(base: &Arc<Base>, without: Without) {
     for tag in 1..=5 {
         for _ in 0..1 + random(3) {
             let n = near + random(NEAR);
-            match random(3) {
+            match random(4) {
+                3 => put(&mut store, KEYLESS, tag << 32 | random(1 << 20), false),
                 _ if n % 3 == 0 => (),
                 0 if !always(n) => drop(store.delete(&key(n))),
                 1 if n > base.keys && always(n) => (),
@@ -498,7 +508,11 @@ fn read(reader: &Reader<Weak>, base: &Base, near: u64) {
             }
         }
         _ => {
-            let mut from = random(base.keys + 4);
+            // Anywhere, or where the new ones are.
+            let mut from = match random(2) {
+                0 => random(base.keys + 4),
+                _ => base.keys + random(6),
+            };
             let Some(mut record) = tried(reader.log_from(from)) else {
                 return;
             };
@@ -539,7 +553,13 @@ fn tried<T>(result: Result<T>) -> Option<T> {
 fn look(reader: &Reader<Weak>, base: &Base, record: &Record) -> Option<u64> {
     let pm = reader.pm();
     assert!(pm.acknowledged(record.loc, record.seq), "not durable");
-    let mut found = vec![0; usize::from(record.key_len.unwrap())];
+    // At times the writer gets far meanwhile.
+    if random(3) == 0 {
+        for _ in 0..random(300) {
+            pm.step();
+        }
+    }
+    let mut found = vec![0; usize::from(record.key_len.unwrap_or(0))];
     let key_read = record.read_key(pm, 0, &mut found);
     let mut bytes = [0; 24];
     let read = record.read(pm, &reader.superblock().geometry, 0, &mut bytes);
@@ -548,12 +568,16 @@ fn look(reader: &Reader<Weak>, base: &Base, record: &Record) -> Option<u64> {
         GONE.fetch_add(1, Ordering::Relaxed);
         return None;
     }
-    assert_eq!(key_read, Ok(found.len()));
     assert_eq!(read, Ok(24));
     let word = |at: usize| u64::from_le_bytes(bytes[at * 8..][..8].try_into().unwrap());
     let n = word(0);
     assert_eq!(word(2), mix(n, word(1)), "torn bytes");
-    assert_eq!(found, key(n), "another's key");
+    if record.keyed() {
+        assert_eq!(key_read, Ok(found.len()));
+        assert_eq!(found, key(n), "another's key");
+    } else {
+        assert_eq!(n, KEYLESS, "another's bytes");
+    }
     if let Some(seq) = base.untouched.get(&n) {
         assert_eq!(record.seq, *seq, "a record that nobody put");
     }
