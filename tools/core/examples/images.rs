@@ -395,7 +395,7 @@ fn harm(out: &Out, maker: &Maker) {
         frame[..4].copy_from_slice(&crc.to_le_bytes());
         pm.damage(free.off(), &frame);
         let word = geo.map_off + u64::from(free.0) / 64 * 8;
-        let bits = pm.load(word).unwrap() | 1 << (free.0 % 64);
+        let bits = pm.load(word).unwrap() | (1 << (free.0 % 64));
         pm.damage(word, &bits.to_le_bytes());
     };
     type Harm<'a> = (&'a str, Box<dyn Fn(&SimPm) + 'a>);

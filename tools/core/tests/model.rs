@@ -447,11 +447,11 @@ fn schedule(base: &Arc<Base>, without: Without) {
         for _ in 0..1 + random(3) {
             let n = near + random(NEAR);
             match random(4) {
-                3 => put(&mut store, KEYLESS, tag << 32 | random(1 << 20), false),
+                3 => put(&mut store, KEYLESS, (tag << 32) | random(1 << 20), false),
                 _ if n % 3 == 0 => (),
                 0 if !always(n) => drop(store.delete(&key(n))),
                 1 if n > base.keys && always(n) => (),
-                _ => put(&mut store, n, tag << 32 | random(1 << 20), random(2) == 0),
+                _ => put(&mut store, n, (tag << 32) | random(1 << 20), random(2) == 0),
             }
         }
         store.commit().unwrap();
