@@ -25,6 +25,9 @@ export KERNEL ?= 7.2
 ifdef PMSKB_BUILD
 export PMSKB_BUILD
 endif
+ifdef MINUTES
+export MINUTES
+endif
 
 all:
 	@$(LAB) all
@@ -43,8 +46,11 @@ bite:
 	@$(LAB) build
 	@tools/demo/bite
 
-test lint:
+test lint fuzz:
 	@$(LAB) $@
+
+bench-core:
+	@$(LAB) bench-core $(if $(QUICK),--quick)
 
 clean distclean:
 	@$(LAB) $@
@@ -58,6 +64,8 @@ help:
 	@echo '  make bite        the demo with one write-back or fence taken out: it must fail'
 	@echo '  make test        every check; ends with "N passed, N failed"'
 	@echo '  make lint        rustfmt, clippy, checkpatch, shellcheck'
+	@echo '  make bench-core  what the core costs, beside LMDB and RocksDB (5 minutes; QUICK=1: 10 s)'
+	@echo '  make fuzz        damaged images and random operations; MINUTES=n for each target (30)'
 	@echo '  make vm          a shell in a virtual machine with a store attached'
 	@echo '  make kernel      the kernel to build against; also: root rootfs'
 	@echo '  make module      pmskb.ko; also: tools selftests docs'

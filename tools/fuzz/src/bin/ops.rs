@@ -1,0 +1,4 @@
+// SPDX-License-Identifier: GPL-2.0
+
+#![no_main]
+libfuzzer_sys::fuzz_target!(|data: &[u8]| pmskb_fuzz::ops::run(data));

@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A reader of an attached store's memory, which is damaged: whatever it says, it
+//! comes back and says it.
+
+use crate::damage::Anatomy;
+use crate::scratch::Scratch;
+use crate::seed::{self, Left};
+use arbitrary::Unstructured;
+use pmskb_core::{Direction, Reader, Record};
+
+/// Of one call: it begins anew a thousand times, and then says that it is busy.
+const BUDGET: u64 = 30_000_000;
+/// Steps of a walk. In a damaged tree it need not end.
+const STEPS: usize = 150;
+
+thread_local! {
+    static BASE: (Scratch, Anatomy) = {
+        let mem = Scratch::new(seed::image(Left::Attached));
+        let anatomy = Anatomy::of(&mem);
+        (mem, anatomy)
+    };
+}
+
+pub fn run(data: &[u8]) {
+    BASE.with(|(mem, anatomy)| {
+        let mut input = Unstructured::new(data);
+        mem.reset();
+        mem.allow(u64::MAX);
+        if anatomy.damage(mem, &mut input).is_err() {
+            return;
+        }
+        mem.allow(BUDGET);
+        let Ok(reader) = Reader::open(mem) else {
+            return;
+        };
+        let _ = reader.live();
+        walk(mem, &reader, Direction::Forward);
+        walk(mem, &reader, Direction::Backward);
+        log(mem, &reader);
+        for n in (0..90).step_by(3) {
+            mem.allow(BUDGET);
+            if let Ok(Some(record)) = reader.get(format!("key {n}").as_bytes()) {
+                look(mem, &reader, &record);
+            }
+        }
+    });
+}
+
+/// Reads a record's key and bytes.
+fn look(mem: &Scratch, reader: &Reader<&Scratch>, record: &Record) -> Vec<u8> {
+    let geo = &reader.superblock().geometry;
+    let mut key = vec![0; usize::from(record.key_len.unwrap_or(0))];
+    let _ = record.read_key(mem, 0, &mut key);
+    for extent in record.extents(mem, geo).flatten() {
+        geo.check_extent(extent).expect("an extent is outside");
+    }
+    let mut part = [0; 512];
+    let _ = record.verify(mem, geo, &mut part);
+    let _ = record.read(mem, geo, 5, &mut part);
+    let _ = reader.still(record);
+    key
+}
+
+fn walk(mem: &Scratch, reader: &Reader<&Scratch>, direction: Direction) {
+    let mut at: Option<Vec<u8>> = None;
+    for _ in 0..STEPS {
+        mem.allow(BUDGET);
+        let Ok(Some(record)) = reader.seek(at.as_deref(), false, direction) else {
+            return;
+        };
+        at = Some(look(mem, reader, &record));
+    }
+}
+
+fn log(mem: &Scratch, reader: &Reader<&Scratch>) {
+    mem.allow(BUDGET);
+    let mut next = reader.log_from(0);
+    let mut last = None;
+    while let Ok(Some(record)) = next {
+        assert!(
+            last.is_none_or(|last| last < record.seq),
+            "the log goes back"
+        );
+        last = Some(record.seq);
+        look(mem, reader, &record);
+        mem.allow(BUDGET);
+        next = reader.log_after(&record);
+    }
+}

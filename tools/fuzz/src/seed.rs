@@ -1,0 +1,150 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The image that is damaged: small, always the same, with one of each kind in it.
+
+use crate::common::{bytes_of, params};
+use pmskb_core::host::{HostFrames, Memory};
+use pmskb_core::sim::Rng;
+use pmskb_core::*;
+
+/// Bytes of the region.
+pub const LEN: u64 = 8 << 20;
+/// Of its format: what a nonce is made of.
+pub const SALT: u64 = 0x5eed_5eed_1234_5678;
+
+type MemoryStore<'a> = Store<&'a Memory, HostFrames, Vec<u64>>;
+
+/// Which state the store was left in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Left {
+    /// Closed: nothing is pending.
+    Closed,
+    /// Attached, with a batch staged, and replaced records not killed.
+    Attached,
+}
+
+/// A store's image.
+pub fn image(left: Left) -> Vec<u8> {
+    let memory = Memory::new(LEN);
+    format(&memory, &params()).unwrap();
+    let geo = probe(&memory).unwrap().superblock.geometry;
+    let frames = HostFrames::new(&geo).unwrap();
+    let work = vec![0; MemoryStore::WORK_WORDS];
+    let (mut store, _) = Store::recover(&memory, frames, work, RecoverOptions::default()).unwrap();
+    fill(&mut store);
+    if left == Left::Closed {
+        store.close().0.unwrap();
+    }
+    let mut bytes = vec![0; LEN as usize];
+    memory.read(0, &mut bytes).unwrap();
+    bytes
+}
+
+fn fill(store: &mut MemoryStore<'_>) {
+    let mut rng = Rng(1);
+    for n in 0..90u64 {
+        let key = match n % 5 {
+            0 => format!("a/rather/long/common/prefix/{n:04}"),
+            1 => format!("{n}"),
+            2 => format!("{:0100}", n),
+            _ => format!("key {n}"),
+        };
+        let key = (n % 7 != 0).then_some(key);
+        put(store, n, key.as_deref(), &mut rng);
+        if n % 20 == 19 {
+            store.commit().unwrap();
+        }
+    }
+    // Lists: one that is not full, and two.
+    for (n, pieces) in [(300, 70), (301, 600)] {
+        scattered(store, n, pieces);
+    }
+    for n in 60..75 {
+        let _ = store.delete(format!("key {n}").as_bytes());
+    }
+    store.commit().unwrap();
+    for n in 30..40 {
+        put(store, 500 + n, Some(&format!("key {n}")), &mut rng);
+    }
+    store.commit().unwrap();
+    // Staged for ever: only the attached image shows it.
+    put(store, 600, Some("never committed"), &mut rng);
+}
+
+fn meta(n: u64, bytes: &[u8]) -> Meta {
+    let addrs = match n % 3 {
+        0 => None,
+        1 => Some(Addrs::V4 {
+            remote: [192, 0, 2, 1],
+            local: [192, 0, 2, 2],
+        }),
+        _ => Some(Addrs::V6 {
+            remote: [1; 16],
+            local: [2; 16],
+        }),
+    };
+    Meta {
+        time: n,
+        time_source: TimeSource::Software,
+        csum: csum::Sum::of(bytes),
+        csum_kind: CsumKind::Derived,
+        flow: addrs.map(|addrs| Flow {
+            addrs,
+            remote_port: 1000,
+            local_port: 80,
+            udp: n % 2 == 0,
+        }),
+        payload_crc: (n % 4 == 0).then(|| crc32c_software(0, bytes)),
+        ..Meta::default()
+    }
+}
+
+fn put(store: &mut MemoryStore<'_>, n: u64, key: Option<&str>, rng: &mut Rng) {
+    let frame = store.frames().alloc().unwrap();
+    let len = [0, 1, 63, 64, 1000][rng.below(5) as usize];
+    let bytes = bytes_of(n, len);
+    store.pm().write(frame.off(), &bytes).unwrap();
+    let extents = [Extent::new(frame.off(), len as u32)];
+    let at = Extent::new(frame.off() + 2048, key.map_or(0, str::len) as u32);
+    if let Some(key) = key {
+        store.pm().write(at.off, key.as_bytes()).unwrap();
+    }
+    let args = PutArgs {
+        key: match key {
+            None => Key::None,
+            Some(_) if n % 4 == 0 => Key::Extent(at),
+            Some(key) => Key::Bytes(key.as_bytes()),
+        },
+        extents: if len == 0 { &[] } else { &extents },
+        meta: meta(n, &bytes),
+        mode: PutMode::Upsert,
+    };
+    store.put(&args).unwrap();
+    store.frames().unhold(frame).unwrap();
+}
+
+/// An object of many extents that do not touch.
+fn scattered(store: &mut MemoryStore<'_>, n: u64, pieces: usize) {
+    let bytes = bytes_of(n, pieces * 8);
+    let mut frames = Vec::new();
+    let mut extents = Vec::new();
+    for (piece, part) in bytes.chunks(8).enumerate() {
+        if piece % 128 == 0 {
+            frames.push(store.frames().alloc().unwrap());
+        }
+        let off = frames.last().unwrap().off() + (piece % 128) as u64 * 32;
+        store.pm().write(off, part).unwrap();
+        extents.push(Extent::new(off, 8));
+    }
+    let key = format!("scattered {n}");
+    let args = PutArgs {
+        key: Key::Bytes(key.as_bytes()),
+        extents: &extents,
+        meta: meta(n, &bytes),
+        mode: PutMode::Create,
+    };
+    store.put(&args).unwrap();
+    for frame in frames {
+        store.frames().unhold(frame).unwrap();
+    }
+}
