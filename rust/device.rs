@@ -539,7 +539,9 @@ where
     Plain<T>: kernel::transmute::FromBytes,
 {
     let size = core::mem::size_of::<T>();
-    UserSlice::new(UserPtr::from_addr(arg), size).reader().read()
+    UserSlice::new(UserPtr::from_addr(arg), size)
+        .reader()
+        .read()
 }
 
 /// Gives the structure back.
@@ -548,7 +550,9 @@ where
     Plain<T>: kernel::transmute::AsBytes,
 {
     let size = core::mem::size_of::<T>();
-    UserSlice::new(UserPtr::from_addr(arg), size).writer().write(value)?;
+    UserSlice::new(UserPtr::from_addr(arg), size)
+        .writer()
+        .write(value)?;
     Ok(0)
 }
 

@@ -379,7 +379,11 @@ impl Store {
             uuid: self.uuid,
             label,
             minor: self.minor,
-            flags: if failed { ext::PMSKB_STORE_READ_ONLY } else { 0 },
+            flags: if failed {
+                ext::PMSKB_STORE_READ_ONLY
+            } else {
+                0
+            },
             region_len: geo.region_len,
             map_len: geo.region_len,
             head_off: geo.head_off,

@@ -197,7 +197,9 @@ impl Store {
             }
             args.from = record.seq.saturating_add(1);
             args.records += 1;
-            args.bytes = args.bytes.saturating_add(u64::from(record.len).max(LINE_SIZE));
+            args.bytes = args
+                .bytes
+                .saturating_add(u64::from(record.len).max(LINE_SIZE));
         }
         args.nr_bad = bad.len() as u32;
         Ok(())

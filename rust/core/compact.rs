@@ -17,9 +17,7 @@ use super::record::{
     key_of, kill_word, read_dead, Draft, FrameHeader, KeySrc, Locator, Record, Verdict, LINES,
 };
 use super::tree::{find, Goal};
-use super::{
-    live, Buf, Error, Extent, Frame, Packer, Pmem, Result, Store, FRAME_SIZE, LINE_SIZE,
-};
+use super::{live, Buf, Error, Extent, Frame, Packer, Pmem, Result, Store, FRAME_SIZE, LINE_SIZE};
 
 /// Record frames that one step looks at, at most.
 const LOOK_AT: u32 = 64;
@@ -136,7 +134,10 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
             }
             let (pm, geo) = (&store.pm, &store.geo);
             let mut sparse = 0;
-            for extent in record.extents(pm, geo).chain(record.key_extent(pm)?.map(Ok)) {
+            for extent in record
+                .extents(pm, geo)
+                .chain(record.key_extent(pm)?.map(Ok))
+            {
                 match extent {
                     Ok(extent) if store.sparse(extent) => sparse += u64::from(extent.len),
                     Ok(_) => (),
@@ -284,9 +285,7 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
     /// fence. It stays where it is if there is no frame.
     fn move_extent(&mut self, extent: &mut Extent, done: &mut Compacted) -> Result<()> {
         let len = u64::from(extent.len);
-        let room = self
-            .fill
-            .filter(|(_, used)| FRAME_SIZE - used >= len);
+        let room = self.fill.filter(|(_, used)| FRAME_SIZE - used >= len);
         let (frame, used) = match room {
             Some(fill) => fill,
             None => {

@@ -369,7 +369,9 @@ impl<B: Buf> FrameTable<B> {
     /// Bytes of a frame that records use.
     pub fn used(&self, frame: Frame) -> u32 {
         self.index(frame).map_or(0, |index| {
-            let word = self.buf.get(Self::used_base(self.count) + index as usize / 2);
+            let word = self
+                .buf
+                .get(Self::used_base(self.count) + index as usize / 2);
             (word.copied().unwrap_or(0) >> (index % 2 * 32)) as u32
         })
     }
@@ -392,8 +394,8 @@ impl<B: Buf> FrameTable<B> {
         };
         let counts = &mut self.counts;
         counts.slack = (counts.slack + slack(now)).saturating_sub(slack(before));
-        counts.payload = (counts.payload + u32::from(now > 0))
-            .saturating_sub(u32::from(before > 0));
+        counts.payload =
+            (counts.payload + u32::from(now > 0)).saturating_sub(u32::from(before > 0));
     }
 
     /// Free frames that only [`Need::Reserve`] gets.

@@ -487,24 +487,22 @@ fn heap_sort(
     list: &mut [IndexEntry],
     mut order: impl FnMut(&IndexEntry, &IndexEntry) -> Result<Ordering>,
 ) -> Result<()> {
-    let mut sift = |list: &mut [IndexEntry], mut at: usize| {
-        loop {
-            let mut child = 2 * at + 1;
-            let Some(left) = list.get(child) else {
-                return Ok(());
-            };
-            if let Some(right) = list.get(child + 1) {
-                if order(left, right)?.is_lt() {
-                    child += 1;
-                }
+    let mut sift = |list: &mut [IndexEntry], mut at: usize| loop {
+        let mut child = 2 * at + 1;
+        let Some(left) = list.get(child) else {
+            return Ok(());
+        };
+        if let Some(right) = list.get(child + 1) {
+            if order(left, right)?.is_lt() {
+                child += 1;
             }
-            match (list.get(at), list.get(child)) {
-                (Some(parent), Some(other)) if order(parent, other)?.is_lt() => (),
-                _ => return Ok(()),
-            }
-            list.swap(at, child);
-            at = child;
         }
+        match (list.get(at), list.get(child)) {
+            (Some(parent), Some(other)) if order(parent, other)?.is_lt() => (),
+            _ => return Ok(()),
+        }
+        list.swap(at, child);
+        at = child;
     };
     for at in (0..list.len() / 2).rev() {
         sift(list, at)?;

@@ -337,7 +337,16 @@ impl Tree {
                 let (prefix, loc) = (entry.prefix, entry.loc);
                 ties |= last == Some(prefix);
                 last = Some(prefix);
-                head.set(pm, node, index, Entry { prefix, loc, child: 0 })?;
+                head.set(
+                    pm,
+                    node,
+                    index,
+                    Entry {
+                        prefix,
+                        loc,
+                        child: 0,
+                    },
+                )?;
             }
             if ties {
                 head.skip = self.best_skip(pm, node, &head)?;
@@ -414,7 +423,15 @@ impl Tree {
                 None => {
                     let node = pool.alloc(pm)?;
                     pool.begin(pm, node)?;
-                    head.set(pm, node, 0, Entry { child: left, ..none })?;
+                    head.set(
+                        pm,
+                        node,
+                        0,
+                        Entry {
+                            child: left,
+                            ..none
+                        },
+                    )?;
                     head.set(pm, node, 1, entry)?;
                     head.count = 2;
                     *slot = Some((node, head));

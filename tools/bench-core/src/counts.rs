@@ -53,6 +53,7 @@ fn put(store: &mut SimStore, key: Key<'_>, frame: Frame) -> Result<()> {
         extents: &[Extent::new(frame.off(), 1024)],
         meta: Meta::default(),
         mode: PutMode::Upsert,
+ if_seq: None,
     };
     core(store.put(&args)).map(|_| ())
 }
@@ -76,10 +77,10 @@ fn prepared() -> Result<(SimStore, Vec<Frame>)> {
     };
     let work = vec![0; SimStore::WORK_WORDS];
     let frames = core(HostFrames::new(&geo))?;
-    let (mut store, _) = core(Store::recover(pm, frames, work, RecoverOptions::default()))?;
+    let (mut store, _) = core(Store::recover(pm, frames, work, host::list, RecoverOptions::default()))?;
     let mut frames = Vec::new();
     for _ in 0..110 {
-        let frame = store.frames().alloc();
+        let frame = store.frames().alloc(None, Need::New);
         let frame = frame.ok_or_else(|| anyhow!("no frame"))?;
         core(store.pm().write(frame.off(), &[0x5a; 1024]))?;
         frames.push(frame);
@@ -147,7 +148,7 @@ pub fn run() -> Result<(String, Value)> {
             put(store, Key::Bytes(b"0123456789abcdef"), frames[1])
         })?,
         measure("delete", 1, 0, |store, _| {
-            core(store.delete(b"the first record")).map(|_| ())
+            core(store.delete(b"the first record", None)).map(|_| ())
         })?,
     ];
     let mut text = String::from(

@@ -50,7 +50,7 @@ pub fn host(map: &MappedFile) -> Result<(HostFrames, Vec<u64>)> {
 /// Attaches a region's store.
 pub fn attach(map: &MappedFile) -> Result<(MapStore<'_>, Report)> {
     let (frames, work) = host(map)?;
-    core(Store::recover(map, frames, work, RecoverOptions::default()))
+    core(Store::recover(map, frames, work, host::list, RecoverOptions::default()))
 }
 
 /// Puts objects that lie one after the other in frames.
@@ -77,10 +77,10 @@ impl<'a> Filler<'a> {
             Some(frame) if u64::from(self.used + len) <= FRAME_SIZE => frame,
             full => {
                 if let Some(full) = full {
-                    core(self.store.frames().unhold(full))?;
+                    core(self.store.frames().unhold(full, 0))?;
                 }
                 self.used = 0;
-                let frame = self.store.frames().alloc();
+                let frame = self.store.frames().alloc(None, Need::New);
                 let frame = frame.ok_or_else(|| anyhow!("the region is too small"))?;
                 *self.frame.insert(frame)
             }
@@ -97,6 +97,7 @@ impl<'a> Filler<'a> {
             extents: &[extent],
             meta: Meta::default(),
             mode: PutMode::Upsert,
+ if_seq: None,
         };
         core(self.store.put(&args)).map(|_| ())
     }
@@ -122,7 +123,7 @@ impl<'a> Filler<'a> {
     /// Lets go of the frame being filled.
     pub fn finish(mut self) -> Result<MapStore<'a>> {
         if let Some(frame) = self.frame.take() {
-            core(self.store.frames().unhold(frame))?;
+            core(self.store.frames().unhold(frame, 0))?;
         }
         Ok(self.store)
     }

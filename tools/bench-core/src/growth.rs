@@ -78,9 +78,9 @@ fn time(records: u64, rounds: u64) -> Result<(Median, Median)> {
         // As many records as before for the next round.
         for (n, extent) in &new {
             for frame in extent.frames() {
-                core(filler.store.frames().unhold(frame))?;
+                core(filler.store.frames().unhold(frame, 0))?;
             }
-            core(filler.store.delete(&key(*n)))?;
+            core(filler.store.delete(&key(*n), None))?;
         }
         core(filler.store.commit())?;
         core(filler.store.sync_pending())?;

@@ -40,7 +40,7 @@ fn measure(records: u64, keyed: bool, runs: u64) -> Result<Row> {
         tables.push(ns);
         let options = RecoverOptions::default();
         let (ns, done) = per_op(1_000_000_000, || {
-            Store::recover(&map, frames, work, options)
+            Store::recover(&map, frames, work, host::list, options)
         });
         times.push(ns);
         let (store, report) = core(done)?;

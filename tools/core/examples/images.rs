@@ -94,7 +94,7 @@ impl Maker {
     fn space(&mut self, bytes: u64) -> u64 {
         let mut run: Vec<Frame> = Vec::new();
         while (run.len() as u64) < bytes.div_ceil(FRAME_SIZE) {
-            let frame = self.store.frames().alloc().unwrap();
+            let frame = self.store.frames().alloc(None, Need::New).unwrap();
             self.held.push(frame);
             if run.last().is_some_and(|last| last.0 + 1 != frame.0) {
                 run.clear();
@@ -151,10 +151,11 @@ impl Maker {
             extents,
             meta,
             mode: PutMode::Upsert,
+            if_seq: None,
         };
         let done = self.store.put(&args).unwrap();
         for frame in self.held.drain(..) {
-            self.store.frames().unhold(frame).unwrap();
+            self.store.frames().unhold(frame, 0).unwrap();
         }
         done
     }
@@ -306,7 +307,7 @@ fn features() -> Maker {
         ]
         .concat();
         if n < 39 {
-            maker.store.delete(&key).unwrap();
+            maker.store.delete(&key, None).unwrap();
         }
     }
     maker.commit();
@@ -382,8 +383,8 @@ fn harm(out: &Out, maker: &Maker) {
     let second_list = pm.load(first_list + 24).unwrap();
     let third_list = pm.load(second_list + 24).unwrap();
     let geo = store.geometry();
-    let free = store.frames().alloc().unwrap();
-    store.frames().unhold(free).unwrap();
+    let free = store.frames().alloc(None, Need::New).unwrap();
+    store.frames().unhold(free, 0).unwrap();
     // A frame that held payload, with lines that look like records of this store
     // but for what the salt decides.
     let forged = |pm: &SimPm| {
@@ -511,7 +512,7 @@ fn orders(out: &Out) {
         let mut maker = Maker::new(formatted());
         // Room below the first record frame, which is free after the next attach.
         for _ in 0..if low { 8 } else { 0 } {
-            maker.store.frames().alloc().unwrap();
+            maker.store.frames().alloc(None, Need::New).unwrap();
         }
         maker.small(b"key");
         maker.commit();

@@ -37,7 +37,10 @@ impl Frames for HostFrames {
         self.0.borrow().used(frame)
     }
     fn held(&self, frame: Frame) -> bool {
-        self.0.borrow().state(frame).is_some_and(|(_, holds)| holds > 0)
+        self.0
+            .borrow()
+            .state(frame)
+            .is_some_and(|(_, holds)| holds > 0)
     }
 }
 

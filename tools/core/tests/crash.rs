@@ -231,7 +231,11 @@ fn compaction_loses_and_doubles_nothing_at_any_crash() {
     }
     ops.push(Op::Append { tag: 100, len: 30 });
     ops.push(Op::Commit);
-    ops.extend((0..70).filter(|n| n % 16 != 3).map(|n| delete(&format!("k{n}"))));
+    ops.extend(
+        (0..70)
+            .filter(|n| n % 16 != 3)
+            .map(|n| delete(&format!("k{n}"))),
+    );
     ops.extend([Op::Commit, Op::Sync]);
     let before = ops.len();
     ops.extend([Op::Compact, put("z", 200, 50), Op::Commit, Op::Sync]);
@@ -298,7 +302,7 @@ fn list_put(driver: &mut Driver, tag: u64, pieces: usize) -> Result<()> {
             ..Meta::default()
         },
         mode: PutMode::Upsert,
- if_seq: None,
+        if_seq: None,
     };
     driver.store.put(&args)?;
     driver.run(&Op::Commit)
@@ -379,10 +383,7 @@ fn random_histories_with_crashes_keep_the_promise() {
                             tag,
                             len,
                         },
-                        Op::Append {
-                            tag: tag ^ 1,
-                            len,
-                        },
+                        Op::Append { tag: tag ^ 1, len },
                         Op::Delete {
                             key: format!("key-{}", rng.below(12)).into_bytes(),
                         },

@@ -52,8 +52,16 @@ fn beginning() -> (SimPm, Model) {
     // Two record frames of which little is alive, in payload frames of which the same
     // is true.
     let mut ops: Vec<Op> = (0..63).map(|n| put(&format!("{n}"), n, 8)).collect();
-    ops.extend([put("a", 100, 60), Op::Append { tag: 101, len: 20 }, Op::Commit]);
-    ops.extend((0..63).filter(|n| n % 31 != 0).map(|n| delete(&format!("{n}"))));
+    ops.extend([
+        put("a", 100, 60),
+        Op::Append { tag: 101, len: 20 },
+        Op::Commit,
+    ]);
+    ops.extend(
+        (0..63)
+            .filter(|n| n % 31 != 0)
+            .map(|n| delete(&format!("{n}"))),
+    );
     ops.extend([Op::Commit, Op::Sync]);
     for op in &ops {
         driver.run(op).unwrap();
@@ -91,7 +99,10 @@ fn step(driver: &mut Driver, what: Step, at: u64) -> Result<()> {
         Step::Atomic => {
             let ops = vec![
                 put("a", tag, 30),
-                Op::Append { tag: tag + 500, len: 16 },
+                Op::Append {
+                    tag: tag + 500,
+                    len: 16,
+                },
                 delete("0"),
             ];
             return driver.run(&Op::Atomic(ops));
@@ -157,7 +168,13 @@ fn check_state(
         let geo = *store.geometry();
         let frames = host::HostFrames::new(&geo).unwrap();
         let work = vec![0; SimStore::WORK_WORDS];
-        let _ = Store::recover(&crashed, frames, work, host::list, RecoverOptions::default());
+        let _ = Store::recover(
+            &crashed,
+            frames,
+            work,
+            host::list,
+            RecoverOptions::default(),
+        );
         crashed = crashed.crash_torn(rng);
     }
     let (store, _) = recover(crashed).map_err(|error| format!("after crashes: {error:?}"))?;
@@ -193,7 +210,11 @@ fn sequence(base: &(SimPm, Model), steps: &[Step], thin: u64, seed: u64) -> u64 
         let pm = driver.crashed.as_ref().unwrap_or_else(|| driver.store.pm());
         let lines = pm.unsafe_lines().len();
         let all = if lines <= 12 { 1u64 << lines } else { 4096 };
-        let (all, torn) = if thin == 1 { (all, 256) } else { (all.min(48), 8) };
+        let (all, torn) = if thin == 1 {
+            (all, 256)
+        } else {
+            (all.min(48), 8)
+        };
         for nr in 0..all + torn {
             let image = match nr {
                 nr if nr >= all => pm.crash_torn(&mut rng),

@@ -346,7 +346,7 @@ fn mix(n: u64, tag: u64) -> u64 {
 
 /// Stages a put of a few words that say whose they are and which.
 fn put<P: Pmem>(store: &mut Store<P, HostFrames, Vec<u64>>, n: u64, tag: u64, extent: bool) {
-    let Some(frame) = store.frames().alloc() else {
+    let Some(frame) = store.frames().alloc(None, Need::New) else {
         return;
     };
     let key = key(n);
@@ -367,12 +367,13 @@ fn put<P: Pmem>(store: &mut Store<P, HostFrames, Vec<u64>>, n: u64, tag: u64, ex
         extents: &[Extent::new(frame.off(), 24)],
         meta: Meta::default(),
         mode: PutMode::Upsert,
+        if_seq: None,
     };
     match store.put(&args) {
         Ok(_) | Err(Error::NoSpace) => (),
         Err(error) => panic!("{error:?}"),
     }
-    store.frames().unhold(frame).unwrap();
+    store.frames().unhold(frame, 0).unwrap();
 }
 
 /// A store with so many keys, to begin with.
@@ -410,7 +411,7 @@ fn recovered<P: Pmem>(pm: P) -> Store<P, HostFrames, Vec<u64>> {
     let geo = probe(&pm).unwrap().superblock.geometry;
     let frames = HostFrames::new(&geo).unwrap();
     let work = vec![0; Store::<P, HostFrames, Vec<u64>>::WORK_WORDS];
-    Store::recover(pm, frames, work, RecoverOptions::default())
+    Store::recover(pm, frames, work, host::list, RecoverOptions::default())
         .unwrap()
         .0
 }
@@ -424,9 +425,9 @@ fn schedule(base: &Arc<Base>, without: Without) {
     let weak = Weak::new(base.words.clone(), READERS, without);
     let mut store = recovered(weak.of_thread(0));
     // Hardly any room: what is given back is used again at once.
-    let all: Vec<_> = std::iter::from_fn(|| store.frames().alloc()).collect();
+    let all: Vec<_> = std::iter::from_fn(|| store.frames().alloc(None, Need::New)).collect();
     for frame in &all[..3 + random(4) as usize] {
-        store.frames().unhold(*frame).unwrap();
+        store.frames().unhold(*frame, 0).unwrap();
     }
     let near = random(base.keys - NEAR / 2);
     let readers: Vec<_> = (1..=READERS)
@@ -449,7 +450,7 @@ fn schedule(base: &Arc<Base>, without: Without) {
             match random(4) {
                 3 => put(&mut store, KEYLESS, (tag << 32) | random(1 << 20), false),
                 _ if n % 3 == 0 => (),
-                0 if !always(n) => drop(store.delete(&key(n))),
+                0 if !always(n) => drop(store.delete(&key(n), None)),
                 1 if n > base.keys && always(n) => (),
                 _ => put(&mut store, n, (tag << 32) | random(1 << 20), random(2) == 0),
             }

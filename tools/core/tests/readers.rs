@@ -57,9 +57,9 @@ fn readers_find_whole_records_while_a_writer_goes_on() {
     }
     store.commit().unwrap();
     // Not much room: what is given back is soon used again.
-    let all: Vec<_> = std::iter::from_fn(|| store.frames().alloc()).collect();
+    let all: Vec<_> = std::iter::from_fn(|| store.frames().alloc(None, Need::New)).collect();
     for frame in &all[..all.len() / 2] {
-        store.frames().unhold(*frame).unwrap();
+        store.frames().unhold(*frame, 0).unwrap();
     }
     let stop = AtomicBool::new(false);
     let counts = Counts::default();
@@ -116,7 +116,7 @@ fn put(store: &mut Store<&Memory, HostFrames, Vec<u64>>, n: u64, rng: &mut Rng) 
         extents: &[Extent::new(frame.off(), bytes.len() as u32)],
         meta: Meta::default(),
         mode: PutMode::Upsert,
- if_seq: None,
+        if_seq: None,
     };
     store.put(&args).unwrap();
     store.frames().unhold(frame, 0).unwrap();

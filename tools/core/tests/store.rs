@@ -129,7 +129,7 @@ fn the_index_is_an_ordered_map() {
                     extents: &[],
                     meta: Meta::default(),
                     mode: PutMode::Upsert,
- if_seq: None,
+                    if_seq: None,
                 };
                 let done = store.put(&args).unwrap();
                 assert_eq!(map.insert(key, done.seq).is_some(), done.replaced);
@@ -245,7 +245,7 @@ fn every_field_of_a_record_comes_back() {
                 extents: &extents,
                 meta,
                 mode: PutMode::Create,
- if_seq: None,
+                if_seq: None,
             };
             let args = if key_len == 0 {
                 PutArgs {

@@ -37,7 +37,14 @@ fn region() -> (Vec<u8>, u64) {
     let sb = format(&pm, &params).unwrap();
     let frames = HostFrames::new(&sb.geometry).unwrap();
     let work = vec![0; Core::WORK_WORDS];
-    let (mut store, _) = Core::recover(pm, frames, work, pmskb_core::host::list, RecoverOptions::default()).unwrap();
+    let (mut store, _) = Core::recover(
+        pm,
+        frames,
+        work,
+        pmskb_core::host::list,
+        RecoverOptions::default(),
+    )
+    .unwrap();
     let mut second = 0;
     for (key, bytes, time) in OBJECTS {
         let frame = store.frames().alloc(None, pmskb_core::Need::New).unwrap();
@@ -72,7 +79,7 @@ fn region() -> (Vec<u8>, u64) {
             extents,
             meta,
             mode: PutMode::Upsert,
- if_seq: None,
+            if_seq: None,
         };
         store.put(&args).unwrap();
     }

@@ -39,7 +39,7 @@ impl Frames for Watched {
     }
     fn unhold(&self, frame: Frame) -> Result<u32> {
         self.inside(frame);
-        let left = self.frames.unhold(frame);
+        let left = self.frames.unhold(frame, 0);
         assert!(
             left.is_ok(),
             "{frame:?} is given back once more than it was taken"
@@ -85,7 +85,7 @@ fn recover(mem: &Scratch, read_only: bool) -> Result<(DamagedStore<'_>, Report)>
         geo,
     };
     let work = vec![0; DamagedStore::WORK_WORDS];
-    Store::recover(mem, frames, work, RecoverOptions { read_only })
+    Store::recover(mem, frames, work, host::list, RecoverOptions { read_only })
 }
 
 /// A record by its number: key, and whether its bytes are right.
@@ -230,7 +230,7 @@ fn forget(right: &mut Seen, key: &[u8]) {
 }
 
 fn delete(store: &mut DamagedStore<'_>, right: &mut Seen, key: &[u8]) -> Result<()> {
-    match store.delete(key) {
+    match store.delete(key, None) {
         Ok(_) | Err(Error::NotFound) => forget(right, key),
         Err(error) => return Err(error),
     }
@@ -239,7 +239,7 @@ fn delete(store: &mut DamagedStore<'_>, right: &mut Seen, key: &[u8]) -> Result<
 
 fn put(store: &mut DamagedStore<'_>, right: &mut Seen, key: Option<&[u8]>, n: u64) -> Result<()> {
     let bytes = bytes_of(n, 200);
-    let frame = store.frames().alloc().ok_or(Error::NoSpace)?;
+    let frame = store.frames().alloc(None, Need::New).ok_or(Error::NoSpace)?;
     store.pm().write(frame.off(), &bytes)?;
     let args = PutArgs {
         key: key.map_or(Key::None, Key::Bytes),
@@ -249,9 +249,10 @@ fn put(store: &mut DamagedStore<'_>, right: &mut Seen, key: Option<&[u8]>, n: u6
             ..Meta::default()
         },
         mode: PutMode::Upsert,
+ if_seq: None,
     };
     let done = store.put(&args);
-    store.frames().unhold(frame)?;
+    store.frames().unhold(frame, 0)?;
     let seq = done?.seq;
     if let Some(key) = key {
         forget(right, key);

@@ -30,7 +30,7 @@ pub fn image(left: Left) -> Vec<u8> {
     let geo = probe(&memory).unwrap().superblock.geometry;
     let frames = HostFrames::new(&geo).unwrap();
     let work = vec![0; MemoryStore::WORK_WORDS];
-    let (mut store, _) = Store::recover(&memory, frames, work, RecoverOptions::default()).unwrap();
+    let (mut store, _) = Store::recover(&memory, frames, work, host::list, RecoverOptions::default()).unwrap();
     fill(&mut store);
     if left == Left::Closed {
         store.close().0.unwrap();
@@ -60,7 +60,7 @@ fn fill(store: &mut MemoryStore<'_>) {
         scattered(store, n, pieces);
     }
     for n in 60..75 {
-        let _ = store.delete(format!("key {n}").as_bytes());
+        let _ = store.delete(format!("key {n}").as_bytes(), None);
     }
     store.commit().unwrap();
     for n in 30..40 {
@@ -100,7 +100,7 @@ fn meta(n: u64, bytes: &[u8]) -> Meta {
 }
 
 fn put(store: &mut MemoryStore<'_>, n: u64, key: Option<&str>, rng: &mut Rng) {
-    let frame = store.frames().alloc().unwrap();
+    let frame = store.frames().alloc(None, Need::New).unwrap();
     let len = [0, 1, 63, 64, 1000][rng.below(5) as usize];
     let bytes = bytes_of(n, len);
     store.pm().write(frame.off(), &bytes).unwrap();
@@ -118,9 +118,10 @@ fn put(store: &mut MemoryStore<'_>, n: u64, key: Option<&str>, rng: &mut Rng) {
         extents: if len == 0 { &[] } else { &extents },
         meta: meta(n, &bytes),
         mode: PutMode::Upsert,
+ if_seq: None,
     };
     store.put(&args).unwrap();
-    store.frames().unhold(frame).unwrap();
+    store.frames().unhold(frame, 0).unwrap();
 }
 
 /// An object of many extents that do not touch.
@@ -130,7 +131,7 @@ fn scattered(store: &mut MemoryStore<'_>, n: u64, pieces: usize) {
     let mut extents = Vec::new();
     for (piece, part) in bytes.chunks(8).enumerate() {
         if piece % 128 == 0 {
-            frames.push(store.frames().alloc().unwrap());
+            frames.push(store.frames().alloc(None, Need::New).unwrap());
         }
         let off = frames.last().unwrap().off() + (piece % 128) as u64 * 32;
         store.pm().write(off, part).unwrap();
@@ -142,9 +143,10 @@ fn scattered(store: &mut MemoryStore<'_>, n: u64, pieces: usize) {
         extents: &extents,
         meta: meta(n, &bytes),
         mode: PutMode::Create,
+ if_seq: None,
     };
     store.put(&args).unwrap();
     for frame in frames {
-        store.frames().unhold(frame).unwrap();
+        store.frames().unhold(frame, 0).unwrap();
     }
 }

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use pmskb_core::{
     self as core,
-    host::{self, HostFrames}, probe, Direction, Geometry, Pmem, Probe, Reader, Record,
-    RecoverOptions, Report, Superblock,
+    host::{self, HostFrames},
+    probe, Direction, Geometry, Pmem, Probe, Reader, Record, RecoverOptions, Report, Superblock,
 };
 
 use crate::{Media, Store};

@@ -164,7 +164,11 @@ impl Driver {
     pub fn fill(&mut self, bytes: &[u8]) -> Result<Vec<Extent>> {
         let mut extents = Vec::new();
         for part in bytes.chunks(4096) {
-            let frame = self.store.frames().alloc(None, Need::New).ok_or(Error::NoSpace)?;
+            let frame = self
+                .store
+                .frames()
+                .alloc(None, Need::New)
+                .ok_or(Error::NoSpace)?;
             self.held.push(frame);
             self.store.pm().write(frame.off(), part)?;
             extents.push(Extent::new(frame.off(), part.len() as u32));
@@ -289,7 +293,7 @@ impl Driver {
             extents,
             meta,
             mode: PutMode::Upsert,
- if_seq: None,
+            if_seq: None,
         };
         self.store.put(&args).map(|_| ())
     }
