@@ -223,9 +223,8 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
                     continue;
                 }
             };
-            if let Some(last) = header.base_seq.checked_sub(1) {
-                report.last_seq = report.last_seq.max(last);
-            }
+            // No frame with this number shall be opened again.
+            report.last_seq = report.last_seq.max(header.base_seq);
             let mut used = false;
             let readable = self.walk(&header, report, |store, report, record| {
                 used = true;
