@@ -6,8 +6,8 @@
 //! be mapped, for it has kernel pointers. Nothing can be written through it.
 
 use crate::{
-    bindings as ext,
-    pm::{self, FrameState, Pmem},
+    bindings as ext, object,
+    read::{self, Part, Ranges},
     region::PAGE,
     store::Store,
     uapi::Plain,
@@ -19,7 +19,6 @@ use kernel::{
     error::{from_result, to_result},
     ffi::{c_int, c_long, c_uint, c_ulong},
     fs::LocalFile,
-    iov::IovIterDest,
     prelude::*,
     sync::{Arc, ArcBorrow},
     types::{ForeignOwnable, Opaque},
@@ -224,39 +223,33 @@ unsafe extern "C" fn llseek(file: *mut bindings::file, off: i64, whence: c_int) 
     unsafe { bindings::fixed_size_llseek(file, off, whence, len as i64) }
 }
 
-/// What a part of the file is.
-enum Part {
-    /// Reads as zeros.
-    Head,
-    /// Of no frame: superblocks, map, live page.
-    Meta,
-    /// In a frame of the data area.
-    Data(pm::Frame),
-    /// In a frame with a media error.
-    Bad,
-}
+/// A store's file: the region, byte for byte.
+struct Whole<'a>(&'a Store);
 
-/// What is at `off`, and how many of `len` bytes from there are of one kind, up to a page.
-fn part(store: &Store, off: u64, len: u64) -> Option<(Part, usize)> {
-    let geo = store.geometry();
-    if off >= geo.region_len {
-        return None;
+impl Ranges for Whole<'_> {
+    fn store(&self) -> &Store {
+        self.0
     }
-    let page = PAGE as u64;
-    let len = len.min(page - off % page).min(geo.region_len - off) as usize;
-    let number = u32::try_from(off / page).ok()?;
-    if off >= geo.head_off && off - geo.head_off < geo.head_len {
-        return Some((Part::Head, len));
+
+    fn part(&self, off: u64, len: u64) -> Option<(Part, usize)> {
+        let store = self.0;
+        let geo = store.geometry();
+        if off >= geo.region_len {
+            return None;
+        }
+        let page = PAGE as u64;
+        let len = len.min(page - off % page).min(geo.region_len - off) as usize;
+        let number = u32::try_from(off / page).ok()?;
+        if off >= geo.head_off && off - geo.head_off < geo.head_len {
+            return Some((Part::Zeros, len));
+        }
+        let what = match store.frames().frame_at(off) {
+            Some((frame, _)) => Part::data(store, frame, off),
+            None if store.region().is_bad(number) => Part::Bad,
+            None => Part::Meta(off),
+        };
+        Some((what, len))
     }
-    let what = match store.frames().frame_at(off) {
-        Some((frame, _)) => match store.frames().state(frame) {
-            Some((FrameState::Bad, _)) => Part::Bad,
-            _ => Part::Data(frame),
-        },
-        None if store.region().is_bad(number) => Part::Bad,
-        None => Part::Meta,
-    };
-    Some((what, len))
 }
 
 /// # Safety
@@ -266,53 +259,10 @@ unsafe extern "C" fn read_iter(
     kiocb: *mut bindings::kiocb,
     iter: *mut bindings::iov_iter,
 ) -> isize {
-    // SAFETY: A read of an open file of ours; both pointers are ours for the call.
-    let (store, kiocb, iter) = unsafe {
-        (
-            store((*kiocb).ki_filp),
-            &mut *kiocb,
-            IovIterDest::from_raw(iter),
-        )
-    };
-    let mut done = 0usize;
-    let result = (|| {
-        while !iter.is_empty() {
-            if done != 0 && crate::host::signal_pending() {
-                break;
-            }
-            let _entered = store.enter()?;
-            let off = u64::try_from(kiocb.ki_pos).map_err(|_| EINVAL)?;
-            let Some((part, len)) = part(&store, off, iter.len() as u64) else {
-                break;
-            };
-            let copied = match part {
-                Part::Bad => return Err(EIO),
-                // SAFETY: `iter` is valid.
-                Part::Head => unsafe { bindings::iov_iter_zero(len, iter.as_raw()) },
-                Part::Meta | Part::Data(_) => {
-                    let addr = store.region().addr(off as usize).ok_or(EINVAL)?;
-                    // SAFETY: `len` bytes are in one page, which is mapped while we are inside.
-                    // A machine check ends the copy early.
-                    unsafe { ext::_copy_mc_to_iter(addr.as_ptr().cast(), len, iter.as_raw()) }
-                }
-            };
-            done += copied;
-            kiocb.ki_pos += copied as i64;
-            if copied < len {
-                // Either the source cannot be read or the destination not be written.
-                let next = off.saturating_add(copied as u64);
-                return match store.region().read(next, &mut [0; 1]) {
-                    Err(_) => Err(EIO),
-                    Ok(()) => Err(EFAULT),
-                };
-            }
-        }
-        Ok(())
-    })();
-    match result {
-        Err(e) if done == 0 => e.to_errno() as isize,
-        _ => done as isize,
-    }
+    // SAFETY: A read of an open file of ours.
+    let store = unsafe { store((*kiocb).ki_filp) };
+    // SAFETY: Both pointers are ours for the call.
+    unsafe { read::read_iter(&Whole(&store), kiocb, iter) }
 }
 
 /// # Safety
@@ -325,58 +275,10 @@ unsafe extern "C" fn splice_read(
     len: usize,
     flags: c_uint,
 ) -> isize {
-    // SAFETY: An open file of ours, and a position that is the caller's for the call.
-    let (store, pos) = unsafe { (store(file), &mut *ppos) };
-    let mut done = 0usize;
-    let result = (|| {
-        // SAFETY: The caller holds the pipe's mutex.
-        let mut room = unsafe { ext::pmskb_pipe_room(pipe.cast()) };
-        while done < len && room > 0 {
-            let _entered = store.enter()?;
-            let off = u64::try_from(*pos).map_err(|_| EINVAL)?;
-            let Some((part, nr)) = part(&store, off, (len - done) as u64) else {
-                break;
-            };
-            let frame = match part {
-                Part::Bad => return Err(EIO),
-                Part::Data(frame) => frame,
-                // Not for long in one place: copied.
-                Part::Head | Part::Meta => {
-                    if done > 0 {
-                        break;
-                    }
-                    // SAFETY: As we were called, for the rest of the page.
-                    let ret = unsafe { bindings::copy_splice_read(file, pos, pipe, nr, flags) };
-                    if ret < 0 {
-                        return Err(Error::from_errno(ret as i32));
-                    }
-                    done += ret as usize;
-                    break;
-                }
-            };
-            let page = store.frames().get_any_page(frame).ok_or(EIO)?;
-            // SAFETY: The reference goes with the page, whatever the answer.
-            let ret = unsafe {
-                ext::pmskb_splice_page(
-                    pipe.cast(),
-                    page.as_ptr(),
-                    (off % PAGE as u64) as c_uint,
-                    nr as c_uint,
-                )
-            };
-            if ret < 0 {
-                return Err(Error::from_errno(ret as i32));
-            }
-            room -= 1;
-            done += nr;
-            *pos += nr as i64;
-        }
-        Ok(())
-    })();
-    match result {
-        Err(e) if done == 0 => e.to_errno() as isize,
-        _ => done as isize,
-    }
+    // SAFETY: An open file of ours.
+    let store = unsafe { store(file) };
+    // SAFETY: As we were called.
+    unsafe { read::splice_read(&Whole(&store), file, ppos, pipe, len, flags) }
 }
 
 /// # Safety
@@ -430,7 +332,7 @@ unsafe extern "C" fn fault(vmf: *mut bindings::vm_fault) -> bindings::vm_fault_t
 
 fn is_bad(store: &Store, pgoff: u64) -> bool {
     matches!(
-        part(store, pgoff.saturating_mul(PAGE as u64), 1),
+        Whole(store).part(pgoff.saturating_mul(PAGE as u64), 1),
         None | Some((Part::Bad, _))
     )
 }
@@ -487,7 +389,12 @@ unsafe extern "C" fn ioctl(file: *mut bindings::file, cmd: c_uint, arg: c_ulong)
         // SAFETY: An open file of ours.
         let store: Arc<Store> = unsafe { store(file) }.into();
         // SAFETY: As above.
-        let writable = unsafe { ext::pmskb_file_mode_has(file, true) };
+        let (readable, writable) = unsafe {
+            (
+                ext::pmskb_file_mode_has(file, false),
+                ext::pmskb_file_mode_has(file, true),
+            )
+        };
         match cmd {
             ext::pmskb_cmd_PMSKB_CMD_INFO => {
                 let info = Plain(store.info()?);
@@ -523,6 +430,10 @@ unsafe extern "C" fn ioctl(file: *mut bindings::file, cmd: c_uint, arg: c_ulong)
                     to.write(found)?;
                 }
                 write_arg(arg, &args)
+            ext::pmskb_cmd_PMSKB_CMD_OPEN if !readable => Err(EACCES),
+            ext::pmskb_cmd_PMSKB_CMD_OPEN => {
+                object::ioctl(&store, UserPtr::from_addr(arg))?;
+                Ok(0)
             }
             ext::pmskb_cmd_PMSKB_CMD_SUBMIT => {
                 crate::submit::ioctl(&store, UserPtr::from_addr(arg))?;

@@ -110,6 +110,18 @@ bool pmskb_file_mode_has(const struct file *file, bool write)
 	return file->f_mode & (write ? FMODE_WRITE : FMODE_READ);
 }
 
+/* A new file that nobody has seen yet: what open() gives files that have a position. */
+void pmskb_file_by_position(struct file *file, loff_t size)
+{
+	file->f_mode |= FMODE_LSEEK | FMODE_PREAD | FMODE_PWRITE;
+	i_size_write(file_inode(file), size);
+}
+
+void pmskb_cond_resched(void)
+{
+	cond_resched();
+}
+
 bool pmskb_module_get(struct module *module)
 {
 	return try_module_get(module);

@@ -24,6 +24,8 @@ u64 pmskb_bdev_start(struct block_device *bdev);
 bool pmskb_file_is_blk(const struct file *file);
 bool pmskb_file_is_chr(const struct file *file);
 bool pmskb_file_mode_has(const struct file *file, bool write);
+void pmskb_file_by_position(struct file *file, loff_t size);
+void pmskb_cond_resched(void);
 bool pmskb_module_get(struct module *module);
 void pmskb_spin_lock_bh(spinlock_t *lock);
 int pmskb_spin_trylock_bh(spinlock_t *lock);
@@ -72,6 +74,7 @@ enum pmskb_cmd {
 	PMSKB_CMD_INFO = PMSKB_IOC_INFO,
 	PMSKB_CMD_ATTACH_SOCKET = PMSKB_IOC_ATTACH_SOCKET,
 	PMSKB_CMD_SUBMIT = PMSKB_IOC_SUBMIT,
+	PMSKB_CMD_OPEN = PMSKB_IOC_OPEN,
 	PMSKB_CMD_COMPACT = PMSKB_IOC_COMPACT,
 	PMSKB_CMD_SCRUB = PMSKB_IOC_SCRUB,
 };

@@ -17,6 +17,9 @@
 //! | `uapi.rs` | structures of the interface |
 //! | `control.rs` | `/dev/pmskb`: format, attach, detach |
 //! | `device.rs` | `/dev/pmskbN`: map, read, splice, ioctl |
+//! | `object.rs` | a record, open as a file |
+//! | `read.rs` | from ranges of a region to iov and pipe |
+//! | `file.rs` | files of ours that are no device's |
 //! | `store.rs` | a formatted region, attached |
 //! | `frame.rs` | frames of the data area and their references |
 //! | `head.rs` | the head area: volatile skb heads |
@@ -32,18 +35,21 @@ use kernel::prelude::*;
 mod bindings;
 mod control;
 mod device;
+mod file;
 mod frame;
 mod head;
 mod host;
 mod inject;
 mod lock;
 mod note;
+mod object;
 mod page;
 mod place;
 // What only the other host uses (readers, offline images) is no dead code of the core's.
 #[allow(dead_code, unreachable_pub, unused_imports)]
 #[path = "core/mod.rs"]
 mod pm;
+mod read;
 mod receive;
 mod region;
 mod skb;

@@ -83,6 +83,18 @@
 		FIELD(pmskb_detach, minor, 0, 4) \
 		FIELD(pmskb_detach, timeout_ms, 4, 4) \
 		FIELD(pmskb_detach, reserved, 8, 8) \
+	STRUCT(pmskb_open, 64) \
+		FIELD(pmskb_open, key, 0, 8) \
+		FIELD(pmskb_open, key_len, 8, 4) \
+		FIELD(pmskb_open, flags, 12, 4) \
+		FIELD(pmskb_open, seq, 16, 8) \
+		FIELD(pmskb_open, fd, 24, 4) \
+		FIELD(pmskb_open, csum, 28, 2) \
+		FIELD(pmskb_open, csum_kind, 30, 1) \
+		FIELD(pmskb_open, time_source, 31, 1) \
+		FIELD(pmskb_open, len, 32, 8) \
+		FIELD(pmskb_open, time, 40, 8) \
+		FIELD(pmskb_open, reserved, 48, 16) \
 	STRUCT(pmskb_store_info, 440) \
 		FIELD(pmskb_store_info, uuid, 0, 16) \
 		FIELD(pmskb_store_info, label, 16, 32) \

@@ -8,13 +8,14 @@ const HEADER: &str = "../../include/uapi/linux/pmskb.h";
 
 /// Request numbers are expressions with casts, which bindgen does not evaluate
 /// as macros, but does as constants.
-const REQUESTS: [&str; 6] = [
+const REQUESTS: [&str; 7] = [
     "FORMAT",
     "ATTACH",
     "DETACH",
     "INFO",
     "ATTACH_SOCKET",
     "SUBMIT",
+    "OPEN",
 ];
 
 fn main() {

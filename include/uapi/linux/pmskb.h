@@ -407,7 +407,8 @@ struct pmskb_detach {
  * @frames_record: of them, with records
  * @frames_list: of them, with extent lists
  * @frames_index: of them, with the index
- * @frames_held: of them, held by tokens or buffers, or being filled
+ * @frames_held: of them, held by tokens, open records or buffers, or being
+ *	filled
  * @frames_limbo: of them, waiting until the stack lets go
  * @frames_bad: of them, never used because of media errors
  * @frames_reserve: of the free ones, those that only a delete, a compaction or an
@@ -528,6 +529,40 @@ struct pmskb_scrub {
 	__aligned_u64 reserved[2];
 };
 
+/** PMSKB_OPEN_SEQ - look up by sequence number, not by key. */
+#define PMSKB_OPEN_SEQ		(1U << 0)
+
+/**
+ * struct pmskb_open - PMSKB_IOC_OPEN
+ * @key: user pointer to the key
+ * @key_len: bytes of the key; 0 with PMSKB_OPEN_SEQ
+ * @flags: PMSKB_OPEN_*
+ * @seq: in: with PMSKB_OPEN_SEQ, the record's sequence number; out: the record's
+ * @fd: out: a descriptor of the record's object, for reading, close-on-exec
+ * @csum: out: Internet checksum of the object, network byte order
+ * @csum_kind: out: &enum pmskb_csum_kind
+ * @time_source: out: &enum pmskb_time_source
+ * @len: out: bytes of the object
+ * @time: out: nanoseconds since the epoch of the clock that @time_source names
+ * @reserved: 0
+ *
+ * The bytes stay what they are until the last close, whether or not the record
+ * is replaced or deleted meanwhile.
+ */
+struct pmskb_open {
+	__aligned_u64 key;
+	__u32 key_len;
+	__u32 flags;
+	__aligned_u64 seq;
+	__s32 fd;
+	__u16 csum;
+	__u8 csum_kind;
+	__u8 time_source;
+	__aligned_u64 len;
+	__aligned_u64 time;
+	__aligned_u64 reserved[2];
+};
+
 #define PMSKB_IOC_MAGIC		0xBC
 /** PMSKB_IOC_FORMAT - on /dev/pmskb */
 #define PMSKB_IOC_FORMAT	_IOWR(PMSKB_IOC_MAGIC, 0x01, struct pmskb_format)
@@ -541,6 +576,8 @@ struct pmskb_scrub {
 #define PMSKB_IOC_ATTACH_SOCKET	_IOW(PMSKB_IOC_MAGIC, 0x11, __s32)
 /** PMSKB_IOC_SUBMIT - on /dev/pmskbN; op.fd names the socket of the tokens */
 #define PMSKB_IOC_SUBMIT	_IOW(PMSKB_IOC_MAGIC, 0x12, struct pmskb_submit)
+/** PMSKB_IOC_OPEN - on /dev/pmskbN, open for reading */
+#define PMSKB_IOC_OPEN		_IOWR(PMSKB_IOC_MAGIC, 0x13, struct pmskb_open)
 /** PMSKB_IOC_COMPACT - on /dev/pmskbN, opened for writing */
 #define PMSKB_IOC_COMPACT	_IOWR(PMSKB_IOC_MAGIC, 0x15, struct pmskb_compact)
 /** PMSKB_IOC_SCRUB - on /dev/pmskbN */

@@ -169,7 +169,8 @@ impl Conn {
     /// Goes on as far as the packets that are there allow: adds operations to the
     /// batch and replies to the queue. True if anything was done.
     ///
-    /// An object that waits to be sent stops it: a put behind it may replace it.
+    /// An object that waits to be sent stops it, so that a connection has one file
+    /// open, and frames of one object held, at a time.
     pub fn advance(&mut self, store: &dyn Store, batch: &mut Batch, now: Instant) -> bool {
         let mut done = false;
         while self.queue.len() < MAX_QUEUE && !self.queue.has_object() {
@@ -287,33 +288,12 @@ impl Conn {
                 head,
                 range,
                 none_match,
-            } => match store.find(key) {
-                Ok(None) => self.queue.push_status(404, keep_alive, *head),
-                Ok(Some(found)) => {
-                    let tag = format!("\"{}\"", found.seq);
-                    let same = |tags: &[u8]| {
-                        tags == b"*"
-                            || tags.split(|&b| b == b',').any(|t| {
-                                let t = t.trim_ascii();
-                                t.strip_prefix(b"W/").unwrap_or(t) == tag.as_bytes()
-                            })
-                    };
-                    if none_match.as_deref().is_some_and(same) {
-                        self.queue.push_not_modified(found.seq, keep_alive);
-                    } else {
-                        match range.map(|r| resolve_range(r, found.len)) {
-                            Some(None) => {
-                                self.queue.push_bad_range(found.len, keep_alive, *head);
-                            }
-                            range => {
-                                self.queue
-                                    .push_object(found, range.flatten(), keep_alive, *head);
-                            }
-                        }
-                    }
+            } => {
+                let got = self.get(key, *head, *range, none_match.as_deref(), keep_alive, store);
+                if let Err(e) = got {
+                    self.failed(e, keep_alive, *head);
                 }
-                Err(e) => self.failed(e, keep_alive, *head),
-            },
+            }
             Ask::List {
                 prefix,
                 after,
@@ -370,12 +350,53 @@ impl Conn {
         self.queue.push_pending(op, key.bytes(), keep_alive);
     }
 
-    fn failed(&mut self, e: io::Error, keep_alive: bool, head: bool) {
-        tracing::error!("a look-up failed: {e}");
-        let status = if e.kind() == io::ErrorKind::ResourceBusy {
-            503
+    fn get(
+        &mut self,
+        key: &[u8],
+        head: bool,
+        range: Option<Range>,
+        none_match: Option<&[u8]>,
+        keep_alive: bool,
+        store: &dyn Store,
+    ) -> io::Result<()> {
+        // What may be answered without bytes is looked up in the mapping.
+        let found = if head || none_match.is_some() {
+            let Some(found) = store.find(key)? else {
+                self.queue.push_status(404, keep_alive, head);
+                return Ok(());
+            };
+            if none_match.is_some_and(|tags| matches_tag(tags, found.seq)) {
+                self.queue.push_not_modified(found.seq, keep_alive);
+                return Ok(());
+            }
+            Some((found, None))
         } else {
-            500
+            None
+        };
+        let found = match found {
+            Some(found) if head => Some(found),
+            _ => store.open(key)?.map(|(found, file)| (found, Some(file))),
+        };
+        let Some((found, object)) = found else {
+            self.queue.push_status(404, keep_alive, head);
+            return Ok(());
+        };
+        match range.map(|range| resolve_range(range, found.len)) {
+            Some(None) => self.queue.push_bad_range(found.len, keep_alive, head),
+            range => self
+                .queue
+                .push_object(&found, object, range.flatten(), keep_alive),
+        }
+        Ok(())
+    }
+
+    fn failed(&mut self, e: io::Error, keep_alive: bool, head: bool) {
+        use rustix::io::Errno;
+        tracing::error!("a look-up failed: {e}");
+        let status = match Errno::from_io_error(&e) {
+            Some(Errno::MFILE | Errno::NFILE | Errno::NOMEM) => 503,
+            _ if e.kind() == io::ErrorKind::ResourceBusy => 503,
+            _ => 500,
         };
         self.queue.push_status(status, keep_alive, head);
     }
@@ -413,8 +434,8 @@ impl Conn {
     }
 
     /// Sends what can be sent, and says what to do next.
-    pub fn send(&mut self, wire: &mut dyn Wire, store: &dyn Store, now: Instant) -> Next {
-        let (sent, progress) = match self.queue.send(wire, store) {
+    pub fn send(&mut self, wire: &mut dyn Wire, now: Instant) -> Next {
+        let (sent, progress) = match self.queue.send(wire) {
             Ok(sent) => sent,
             Err(e) => {
                 tracing::debug!(fd = self.fd, "cannot send: {e}");
@@ -484,6 +505,16 @@ pub enum Timeout {
     Slow,
     /// Nothing can be expected of it.
     Dead,
+}
+
+/// Whether a list of entity tags has that of a record.
+fn matches_tag(tags: &[u8], seq: u64) -> bool {
+    let tag = format!("\"{seq}\"");
+    tags == b"*"
+        || tags.split(|&b| b == b',').any(|t| {
+            let t = t.trim_ascii();
+            t.strip_prefix(b"W/").unwrap_or(t) == tag.as_bytes()
+        })
 }
 
 /// A range as what it means for an object of `len` bytes. `None`: it has none of

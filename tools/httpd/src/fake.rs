@@ -5,7 +5,9 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    io,
+    fs::File,
+    io::{self, Write as _},
+    os::unix::fs::FileExt as _,
     time::{Duration, Instant},
 };
 
@@ -19,12 +21,15 @@ use crate::{
     view::{Memory, Packet},
 };
 
+/// Offset and length of an object's parts.
+type Places = Vec<(u64, u64)>;
+
 /// A store in memory. Packets are put at ever higher offsets; objects are kept
 /// by their place, as in the real one.
 #[derive(Default)]
 struct Fake {
     bytes: Vec<u8>,
-    records: BTreeMap<Vec<u8>, Found>,
+    records: BTreeMap<Vec<u8>, (Found, Places)>,
     /// Tokens handed out, and whether they are held.
     tokens: HashMap<u32, (u64, u32, bool)>,
     seq: u64,
@@ -73,7 +78,7 @@ impl Fake {
     }
 
     fn object(&self, key: &[u8]) -> Option<Vec<u8>> {
-        Some(self.gather(&self.records.get(key)?.extents))
+        Some(self.gather(&self.records.get(key)?.1))
     }
 }
 
@@ -85,11 +90,17 @@ impl Memory for Fake {
 
 impl Store for Fake {
     fn find(&self, key: &[u8]) -> io::Result<Option<Found>> {
-        Ok(self.records.get(key).cloned())
+        Ok(self.records.get(key).map(|r| r.0.clone()))
     }
 
-    fn still(&self, found: &Found) -> bool {
-        self.records.values().any(|f| f.seq == found.seq)
+    fn open(&self, key: &[u8]) -> io::Result<Option<(Found, File)>> {
+        let Some(found) = self.find(key)? else {
+            return Ok(None);
+        };
+        let flags = rustix::fs::MemfdFlags::CLOEXEC;
+        let mut file = File::from(rustix::fs::memfd_create("object", flags)?);
+        file.write_all(&self.object(key).unwrap())?;
+        Ok(Some((found, file)))
     }
 
     fn list(&self, prefix: &[u8], after: Option<&[u8]>, limit: usize) -> io::Result<Vec<Vec<u8>>> {
@@ -143,10 +154,8 @@ impl Store for Fake {
                 seq: self.seq,
                 len,
                 modified: None,
-                extents,
-                record: None,
             };
-            let replaced = self.records.insert(key, found).is_some();
+            let replaced = self.records.insert(key, (found, extents)).is_some();
             outcomes.push(Ok(Outcome {
                 seq: self.seq,
                 replaced,
@@ -166,7 +175,6 @@ struct End {
     room: usize,
     /// Calls until the next that would block.
     calls: usize,
-    media: Vec<u8>,
 }
 
 impl Wire for End {
@@ -180,8 +188,9 @@ impl Wire for End {
         Ok(n)
     }
 
-    fn send_file(&mut self, offset: u64, len: usize) -> io::Result<usize> {
-        let bytes = self.media[offset as usize..offset as usize + len].to_vec();
+    fn send_file(&mut self, object: &File, offset: u64, len: usize) -> io::Result<usize> {
+        let mut bytes = vec![0; len];
+        object.read_exact_at(&mut bytes, offset)?;
         self.send(&bytes, false)
     }
 }
@@ -262,9 +271,8 @@ impl World {
             } else {
                 1
             },
-            media: self.store.bytes.clone(),
         };
-        self.next = self.conn.send(&mut end, &self.store, self.now);
+        self.next = self.conn.send(&mut end, self.now);
         self.shut |= self.next == Next::ShutDown;
         self.out = end.out;
     }
@@ -639,7 +647,7 @@ fn close_is_honoured() {
 }
 
 #[test]
-fn an_object_that_is_replaced_while_it_is_sent_ends_the_connection() {
+fn an_object_that_is_replaced_while_it_is_sent_is_sent_as_it_was() {
     let mut world = World::new();
     world.packets(&[(&put("a", &[b'x'; 1000]), 0)]);
     world.room = 100;
@@ -649,21 +657,19 @@ fn an_object_that_is_replaced_while_it_is_sent_ends_the_connection() {
         .conn
         .advance(&world.store, &mut world.batch, world.now);
     world.batch.clear();
-    let media = world.store.bytes.clone();
     let mut end = End {
         out: vec![],
         room: 100,
         calls: 4,
-        media,
     };
-    let next = world.conn.send(&mut end, &world.store, world.now);
+    let next = world.conn.send(&mut end, world.now);
     assert!(matches!(next, Next::Wait { write: true, .. }));
     world.store.records.clear();
-    end.calls = 10;
-    assert_eq!(
-        world.conn.send(&mut end, &world.store, world.now),
-        Next::Close
-    );
+    world.store.bytes.fill(b'!');
+    end.calls = 20;
+    let next = world.conn.send(&mut end, world.now);
+    assert!(matches!(next, Next::Wait { write: false, .. }));
+    assert!(end.out.ends_with(&[b'x'; 1000]));
 }
 
 #[test]
@@ -715,14 +721,12 @@ fn replies_that_are_not_taken_stop_the_reading() {
         .conn
         .advance(&world.store, &mut world.batch, world.now);
     world.batch.clear();
-    let media = world.store.bytes.clone();
     let mut end = End {
         out: vec![],
         room: 10,
         calls: 1,
-        media,
     };
-    let next = world.conn.send(&mut end, &world.store, world.now);
+    let next = world.conn.send(&mut end, world.now);
     assert_eq!(
         next,
         Next::Wait {

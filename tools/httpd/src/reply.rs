@@ -2,16 +2,16 @@
 
 //! Replies, and the queue that they wait in.
 
-use std::{collections::VecDeque, fmt::Write as _, io};
+use std::{collections::VecDeque, fmt::Write as _, fs::File, io};
 
-use crate::store::{Found, Store};
+use crate::store::Found;
 
 /// A socket, to write to.
 pub trait Wire {
     /// Sends bytes; how many. `more`: others follow at once.
     fn send(&mut self, bytes: &[u8], more: bool) -> io::Result<usize>;
-    /// Sends bytes of the store; how many.
-    fn send_file(&mut self, offset: u64, len: usize) -> io::Result<usize>;
+    /// Sends bytes of an object; how many.
+    fn send_file(&mut self, object: &File, offset: u64, len: usize) -> io::Result<usize>;
 }
 
 /// A part of a reply.
@@ -19,13 +19,8 @@ pub trait Wire {
 enum Part {
     /// Bytes.
     Bytes(Vec<u8>),
-    /// A part of an object, and how far into it the next byte is.
-    Object {
-        found: Found,
-        extent: usize,
-        at: u64,
-        left: u64,
-    },
+    /// A part of an object: where in it the next byte is, and how many are left.
+    Object { object: File, at: u64, left: u64 },
     /// A put whose outcome is not known yet: which operation of the batch.
     Pending {
         op: usize,
@@ -71,7 +66,7 @@ impl Queue {
         self.pending
     }
 
-    /// Whether an object waits: until it is sent, its record must stay.
+    /// Whether an object waits, with an open file and frames that are held for it.
     pub fn has_object(&self) -> bool {
         self.objects > 0
     }
@@ -110,13 +105,13 @@ impl Queue {
         }
     }
 
-    /// A reply with an object, or a part of it.
+    /// A reply with an object, or a part of it. Without a file it is the head only.
     pub fn push_object(
         &mut self,
-        found: Found,
+        found: &Found,
+        object: Option<File>,
         range: Option<std::ops::Range<u64>>,
         keep_alive: bool,
-        head: bool,
     ) {
         let status = if range.is_some() { 206 } else { 200 };
         let part = range.clone().unwrap_or(0..found.len);
@@ -136,25 +131,14 @@ impl Queue {
             );
         }
         reply.end();
-        if head || part.is_empty() {
+        let Some(object) = object.filter(|_| !part.is_empty()) else {
             return;
-        }
-        let mut at = part.start;
-        let mut extent = 0;
-        while let Some(len) = found.extents.get(extent).map(|e| e.1) {
-            if at < len {
-                break;
-            }
-            at -= len;
-            extent += 1;
-        }
-        let left = part.end - part.start;
+        };
         self.objects += 1;
         self.parts.push_back(Part::Object {
-            found,
-            extent,
-            at,
-            left,
+            object,
+            at: part.start,
+            left: part.end - part.start,
         });
     }
 
@@ -219,7 +203,7 @@ impl Queue {
     }
 
     /// Sends as much as the socket takes. Also whether it took any.
-    pub fn send(&mut self, wire: &mut dyn Wire, store: &dyn Store) -> io::Result<(Sent, bool)> {
+    pub fn send(&mut self, wire: &mut dyn Wire) -> io::Result<(Sent, bool)> {
         let mut progress = false;
         loop {
             let more = self.parts.len() > 1;
@@ -236,14 +220,14 @@ impl Queue {
                     }
                     self.sent == bytes.len()
                 }
-                Some(Part::Object {
-                    found,
-                    extent,
-                    at,
-                    left,
-                }) => {
-                    match send_object(wire, store, found, extent, at, left) {
-                        Ok(()) => {}
+                Some(Part::Object { object, at, left }) => {
+                    let want = (*left).min(1 << 30) as usize;
+                    match wire.send_file(object, *at, want) {
+                        Ok(0) => return Err(io::Error::other("the object ends too early")),
+                        Ok(n) => {
+                            *at += n as u64;
+                            *left -= n as u64;
+                        }
                         Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                             return Ok((Sent::Blocked, progress))
                         }
@@ -261,38 +245,6 @@ impl Queue {
             }
         }
     }
-}
-
-/// Sends the next bytes of an object, which must be alive before and after: then
-/// its frames were not reused in between.
-fn send_object(
-    wire: &mut dyn Wire,
-    store: &dyn Store,
-    found: &Found,
-    extent: &mut usize,
-    at: &mut u64,
-    left: &mut u64,
-) -> io::Result<()> {
-    let gone = || io::Error::other("the object was replaced while it was sent");
-    let &(offset, len) = found.extents.get(*extent).ok_or_else(gone)?;
-    if *at == len {
-        (*extent, *at) = (*extent + 1, 0);
-        return Ok(());
-    }
-    if !store.still(found) {
-        return Err(gone());
-    }
-    let want = (len - *at).min(*left).min(1 << 30);
-    let n = wire.send_file(offset + *at, want as usize)? as u64;
-    if n == 0 {
-        return Err(io::Error::other("the store could not be read"));
-    }
-    if !store.still(found) {
-        return Err(gone());
-    }
-    *at += n;
-    *left -= n;
-    Ok(())
 }
 
 /// The head of a reply.

@@ -3,6 +3,7 @@
 //! The server's loop: one thread, one epoll, one submission a turn.
 
 use std::{
+    fs::File,
     io::{self, Write as _},
     net::{SocketAddr, TcpListener, TcpStream},
     os::{
@@ -80,11 +81,8 @@ struct Client {
     close: bool,
 }
 
-/// A client's socket and the store, to send from.
-struct Line<'a> {
-    stream: BorrowedFd<'a>,
-    store: BorrowedFd<'a>,
-}
+/// A client's socket.
+struct Line<'a>(BorrowedFd<'a>);
 
 impl Wire for Line<'_> {
     fn send(&mut self, bytes: &[u8], more: bool) -> io::Result<usize> {
@@ -93,14 +91,14 @@ impl Wire for Line<'_> {
         if more {
             flags |= SendFlags::MORE;
         }
-        Ok(rustix::net::send(self.stream, bytes, flags)?)
+        Ok(rustix::net::send(self.0, bytes, flags)?)
     }
 
-    fn send_file(&mut self, offset: u64, len: usize) -> io::Result<usize> {
+    fn send_file(&mut self, object: &File, offset: u64, len: usize) -> io::Result<usize> {
         let mut offset = offset;
         Ok(rustix::fs::sendfile(
-            self.stream,
-            self.store,
+            self.0,
+            object,
             Some(&mut offset),
             len,
         )?)
@@ -266,7 +264,7 @@ impl Server {
                     progress |= client.conn.advance(&self.device, &mut self.batch, now);
                 }
             }
-            // Objects first: the batch may replace their records.
+            // What can be sent need not wait for the batch.
             for &index in touched {
                 self.send(index, now);
             }
@@ -401,12 +399,9 @@ impl Server {
         if client.close {
             return;
         }
-        let mut line = Line {
-            stream: client.stream.as_fd(),
-            store: self.device.as_fd(),
-        };
+        let mut line = Line(client.stream.as_fd());
         let mut interest = EventFlags::empty();
-        match client.conn.send(&mut line, &self.device, now) {
+        match client.conn.send(&mut line, now) {
             Next::Wait { read, write } => {
                 interest.set(EventFlags::IN, read && client.retry_at.is_none());
                 interest.set(EventFlags::OUT, write);

@@ -3,16 +3,13 @@
 //! What the server needs of a store.
 
 use std::{
+    fs::File,
     io,
-    os::fd::{AsFd, BorrowedFd},
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 use anyhow::Context;
-use pmskb_uapi::{
-    core::{Error, Record, TimeSource},
-    Batch, Catalog, Mapping,
-};
+use pmskb_uapi::{core::Error, sys, Batch, Catalog, Mapping};
 
 use crate::view::Memory;
 
@@ -25,18 +22,14 @@ pub struct Found {
     pub len: u64,
     /// When it was received, by this host's clock.
     pub modified: Option<SystemTime>,
-    /// Offset and length of its parts in the store.
-    pub extents: Vec<(u64, u64)>,
-    /// The record itself; there is none in tests.
-    pub record: Option<Record>,
 }
 
 /// A store, as the server uses it.
 pub trait Store: Memory {
     /// The record with a key.
     fn find(&self, key: &[u8]) -> io::Result<Option<Found>>;
-    /// Whether a record is still alive: its bytes were not reused.
-    fn still(&self, found: &Found) -> bool;
+    /// The same, with a file of its bytes, which stay what they are.
+    fn open(&self, key: &[u8]) -> io::Result<Option<(Found, File)>>;
     /// Keys with a prefix, in order, after one of them.
     fn list(&self, prefix: &[u8], after: Option<&[u8]>, limit: usize) -> io::Result<Vec<Vec<u8>>>;
     /// Submits a batch; on return its outcomes are known, and what succeeded is
@@ -70,12 +63,6 @@ impl Device {
     }
 }
 
-impl AsFd for Device {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.store.as_fd()
-    }
-}
-
 fn error(e: Error) -> io::Error {
     let kind = match e {
         Error::Busy => io::ErrorKind::ResourceBusy,
@@ -90,39 +77,37 @@ impl Memory for Device {
     }
 }
 
+/// When a record was received, by this host's clock.
+fn modified(time: u64, source: u32) -> Option<SystemTime> {
+    match source {
+        sys::PMSKB_TIME_SOFTWARE | sys::PMSKB_TIME_PLACEMENT => {
+            SystemTime::UNIX_EPOCH.checked_add(Duration::from_nanos(time))
+        }
+        // The device's clock may show any time.
+        _ => None,
+    }
+}
+
 impl Store for Device {
     fn find(&self, key: &[u8]) -> io::Result<Option<Found>> {
-        // A record that is replaced while its extents are read is looked up again.
-        for _ in 0..100 {
-            let Some(record) = self.catalog.get(key).map_err(error)? else {
-                return Ok(None);
-            };
-            let extents = self.catalog.extents(&record);
-            if !self.catalog.still(&record).map_err(error)? {
-                continue;
-            }
-            let extents = extents.map_err(error)?;
-            let modified = match record.meta.time_source {
-                TimeSource::Software | TimeSource::Placement => SystemTime::UNIX_EPOCH
-                    .checked_add(std::time::Duration::from_nanos(record.meta.time)),
-                // The device's clock may show any time.
-                TimeSource::Hardware | TimeSource::None => None,
-            };
-            return Ok(Some(Found {
-                seq: record.seq,
-                len: record.len.into(),
-                modified,
-                extents: extents.iter().map(|e| (e.off, e.len.into())).collect(),
-                record: Some(record),
-            }));
-        }
-        Err(error(Error::Busy))
+        let record = self.catalog.get(key).map_err(error)?;
+        Ok(record.map(|r| Found {
+            seq: r.seq,
+            len: r.len.into(),
+            modified: modified(r.meta.time, r.meta.time_source as u32),
+        }))
     }
 
-    fn still(&self, found: &Found) -> bool {
-        found
-            .record
-            .is_none_or(|r| self.catalog.still(&r) == Ok(true))
+    fn open(&self, key: &[u8]) -> io::Result<Option<(Found, File)>> {
+        let object = self.store.open_key(key).map_err(|e| e.cause)?;
+        Ok(object.map(|o| {
+            let found = Found {
+                seq: o.seq(),
+                len: o.len(),
+                modified: modified(o.time(), o.time_source().into()),
+            };
+            (found, o.into_file())
+        }))
     }
 
     fn list(&self, prefix: &[u8], after: Option<&[u8]>, limit: usize) -> io::Result<Vec<Vec<u8>>> {

@@ -237,3 +237,21 @@ pub(crate) const SUBMIT: &[(i32, &str)] = &[
         "the store's device is gone or failing: see the kernel log",
     ),
 ];
+
+pub(crate) const OPEN_RECORD: &[(i32, &str)] = &[
+    (
+        libc::EMFILE,
+        "the process has too many files open: close records that are done with, or raise its \
+         limit (`ulimit -n`)",
+    ),
+    (libc::EACCES, "the store is open for writing only"),
+    (
+        libc::EUCLEAN,
+        "the record is damaged: `pmskbctl verify` tells what else is",
+    ),
+    (libc::ENODEV, "the store was detached"),
+    (
+        libc::EIO,
+        "the store's device is gone or failing: see the kernel log",
+    ),
+];

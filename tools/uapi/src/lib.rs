@@ -6,6 +6,7 @@
 //! | --- | --- |
 //! | [`control`] | `/dev/pmskb`: format, attach, detach |
 //! | [`store`] | `/dev/pmskbN`: counters, mapping, submit |
+//! | [`object`] | a record, open as a file |
 //! | [`socket`] | an attached socket: mode, packet descriptors, counters |
 //! | [`batch`] | an array of operations and their results |
 //! | [`map`] | the read-only mapping of a store |
@@ -26,6 +27,7 @@ pub mod control;
 pub mod error;
 pub mod map;
 pub mod media;
+pub mod object;
 pub mod socket;
 pub mod store;
 pub mod sys;
@@ -36,6 +38,7 @@ pub use control::{Control, FormatOptions};
 pub use error::{Error, Result};
 pub use map::Mapping;
 pub use media::Media;
+pub use object::Object;
 pub use pmskb_core as core;
 pub use socket::{Desc, RecvBuffer, RxMode};
 pub use store::{Counters, Store, StoreInfo};

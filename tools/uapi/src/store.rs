@@ -9,7 +9,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::{error, sys, Batch, Error, Mapping, Result};
+use crate::{error, sys, Batch, Error, Mapping, Object, Result};
 
 /// A store, open.
 #[derive(Debug)]
@@ -161,6 +161,39 @@ impl Store {
             let what = format!("cannot submit to {}", self.path.display());
             Error::new(what, e, error::SUBMIT)
         })
+    }
+
+    /// Opens the record with a key, if there is one.
+    pub fn open_key(&self, key: &[u8]) -> Result<Option<Object>> {
+        self.open_record(sys::pmskb_open {
+            key: key.as_ptr() as u64,
+            // One that is too long for the field is too long for a key.
+            key_len: u32::try_from(key.len()).unwrap_or(u32::MAX),
+            ..Default::default()
+        })
+    }
+
+    /// Opens the record with a sequence number, if there is one.
+    pub fn open_seq(&self, seq: u64) -> Result<Option<Object>> {
+        self.open_record(sys::pmskb_open {
+            flags: sys::PMSKB_OPEN_SEQ,
+            seq,
+            ..Default::default()
+        })
+    }
+
+    /// `raw.key`, if it is not 0, is of a slice that outlives the call.
+    fn open_record(&self, mut raw: sys::pmskb_open) -> Result<Option<Object>> {
+        // SAFETY: the request reads the key, and fills a struct pmskb_open.
+        match unsafe { self.ioctl(sys::IOC_OPEN, std::ptr::from_mut(&mut raw)) } {
+            // SAFETY: just filled.
+            Ok(()) => Ok(Some(unsafe { Object::new(raw) })),
+            Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+            Err(e) => {
+                let what = format!("cannot open a record of {}", self.path.display());
+                Err(Error::new(what, e, error::OPEN_RECORD))
+            }
+        }
     }
 
     /// # Safety
