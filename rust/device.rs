@@ -6,7 +6,7 @@
 //! be mapped, for it has kernel pointers. Nothing can be written through it.
 
 use crate::{
-    bindings as ext, object,
+    bindings as ext, buffer, object,
     read::{self, Part, Ranges},
     region::PAGE,
     store::Store,
@@ -406,6 +406,7 @@ unsafe extern "C" fn ioctl(file: *mut bindings::file, cmd: c_uint, arg: c_ulong)
             ext::pmskb_cmd_PMSKB_CMD_ATTACH_SOCKET
             | ext::pmskb_cmd_PMSKB_CMD_SUBMIT
             | ext::pmskb_cmd_PMSKB_CMD_COMPACT
+            | ext::pmskb_cmd_PMSKB_CMD_ALLOC
                 if !writable =>
             {
                 Err(EACCES)
@@ -433,6 +434,10 @@ unsafe extern "C" fn ioctl(file: *mut bindings::file, cmd: c_uint, arg: c_ulong)
             ext::pmskb_cmd_PMSKB_CMD_OPEN if !readable => Err(EACCES),
             ext::pmskb_cmd_PMSKB_CMD_OPEN => {
                 object::ioctl(&store, UserPtr::from_addr(arg))?;
+                Ok(0)
+            }
+            ext::pmskb_cmd_PMSKB_CMD_ALLOC => {
+                buffer::ioctl(&store, UserPtr::from_addr(arg))?;
                 Ok(0)
             }
             ext::pmskb_cmd_PMSKB_CMD_SUBMIT => {

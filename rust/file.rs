@@ -10,7 +10,7 @@ use kernel::{
     bindings,
     error::from_err_ptr,
     ffi::c_int,
-    fs::File,
+    fs::{File, LocalFile},
     prelude::*,
     sync::{aref::ARef, Arc, ArcBorrow},
     types::ForeignOwnable,
@@ -83,6 +83,14 @@ pub(crate) fn create<K: Kind>(inner: Arc<K>) -> Result<ARef<File>> {
     // SAFETY: Our reference is handed over; `File` has the layout of `struct file`, and nobody
     // has the file's position.
     Ok(unsafe { ARef::from_raw(file) })
+}
+
+/// What is behind a file, if it is of this kind.
+pub(crate) fn of<K: Kind>(file: &LocalFile) -> Option<Arc<K>> {
+    // SAFETY: `file` is open, so it has operations.
+    let ours = unsafe { ptr::eq((*file.as_ptr()).f_op, &K::operations().0) };
+    // SAFETY: By its operations it is of this kind.
+    ours.then(|| unsafe { behind::<K>(file.as_ptr()) }.into())
 }
 
 /// What is behind an open file.

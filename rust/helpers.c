@@ -240,6 +240,32 @@ bool pmskb_vma_make_readonly(struct vm_area_struct *vma)
 	return true;
 }
 
+/* The same, but others see what is written. A private one would be copied from. */
+int pmskb_vma_make_shared(struct vm_area_struct *vma, unsigned long pages)
+{
+	if (vma->vm_flags & VM_EXEC)
+		return -EPERM;
+	if (!(vma->vm_flags & VM_SHARED) || vma->vm_pgoff > pages ||
+	    vma_pages(vma) > pages - vma->vm_pgoff)
+		return -EINVAL;
+	vm_flags_mod(vma, VM_PFNMAP | VM_DONTEXPAND | VM_DONTDUMP, VM_MAYEXEC);
+	return 0;
+}
+
+/*
+ * Not with vm_page_prot: it has no write bit, for pfn_mkwrite() is to be asked
+ * first, and we have been.
+ */
+vm_fault_t pmskb_insert_shared(struct vm_fault *vmf, unsigned long pfn, bool write)
+{
+	struct vm_area_struct *vma = vmf->vma;
+	vm_flags_t flags = vma->vm_flags;
+
+	if (!write)
+		flags &= ~(VM_WRITE | VM_SHARED);
+	return vmf_insert_pfn_prot(vma, vmf->address, pfn, vm_get_page_prot(flags));
+}
+
 /* How many buffers a pipe has room for. The caller holds the pipe's mutex. */
 size_t pmskb_pipe_room(struct pipe_inode_info *pipe)
 {

@@ -48,7 +48,10 @@ void pmskb_local_bh_enable(void);
 int pmskb_cpu(void);
 unsigned int pmskb_nr_cpus(void);
 struct vm_area_struct;
+struct vm_fault;
 bool pmskb_vma_make_readonly(struct vm_area_struct *vma);
+int pmskb_vma_make_shared(struct vm_area_struct *vma, unsigned long pages);
+vm_fault_t pmskb_insert_shared(struct vm_fault *vmf, unsigned long pfn, bool write);
 ssize_t pmskb_splice_page(struct pipe_inode_info *pipe, struct page *page,
 			  unsigned int offset, unsigned int len);
 size_t pmskb_pipe_room(struct pipe_inode_info *pipe);
@@ -75,6 +78,7 @@ enum pmskb_cmd {
 	PMSKB_CMD_ATTACH_SOCKET = PMSKB_IOC_ATTACH_SOCKET,
 	PMSKB_CMD_SUBMIT = PMSKB_IOC_SUBMIT,
 	PMSKB_CMD_OPEN = PMSKB_IOC_OPEN,
+	PMSKB_CMD_ALLOC = PMSKB_IOC_ALLOC,
 	PMSKB_CMD_COMPACT = PMSKB_IOC_COMPACT,
 	PMSKB_CMD_SCRUB = PMSKB_IOC_SCRUB,
 };

@@ -17,6 +17,7 @@
 //! | `uapi.rs` | structures of the interface |
 //! | `control.rs` | `/dev/pmskb`: format, attach, detach |
 //! | `device.rs` | `/dev/pmskbN`: map, read, splice, ioctl |
+//! | `buffer.rs` | frames for the application's own data |
 //! | `object.rs` | a record, open as a file |
 //! | `read.rs` | from ranges of a region to iov and pipe |
 //! | `file.rs` | files of ours that are no device's |
@@ -33,6 +34,7 @@
 use kernel::prelude::*;
 
 mod bindings;
+mod buffer;
 mod control;
 mod device;
 mod file;

@@ -82,26 +82,11 @@ impl Wanted {
             },
             Wanted::Seq(seq) => {
                 let next = core.log_from(*seq).map_err(crate::errno)?;
-                match next.filter(|record| record.seq == *seq) {
-                    Some(record) if !is_replaced(core, &record)? => Some(record),
-                    _ => None,
-                }
+                next.filter(|record| record.seq == *seq)
             }
         };
         found.ok_or(ENOENT)
     }
-}
-
-/// Whether a record has lost its key to a later one, and only waits to be killed.
-fn is_replaced(core: &Core, record: &pm::Record) -> Result<bool> {
-    let Some(len) = record.key_len else {
-        return Ok(false);
-    };
-    let mut key = KVec::from_elem(0u8, len.into(), GFP_KERNEL)?;
-    record
-        .read_key(core.pm(), 0, &mut key)
-        .map_err(crate::errno)?;
-    Ok(core.lookup(&key).map_err(crate::errno)? != Some(record.loc))
 }
 
 impl Object {

@@ -5,12 +5,13 @@
 //! An array goes through four phases, each of which holds only what it needs:
 //!
 //! 1. *read*: operations, extents and keys are copied from user space, once;
-//! 2. *resolve*: tokens become pieces of frames, under the lock of their socket. Each piece gets
-//!    a hold of its own, so that what becomes of the token afterwards (another thread, `close`)
-//!    cannot take the frame away;
+//! 2. *resolve*: tokens become pieces of frames, under the lock of their socket; ranges of a
+//!    buffer, after they were sealed. Each piece gets a hold of its own, so that what becomes of
+//!    the token afterwards (another thread, `close`) cannot take the frame away;
 //! 3. *commit*: puts and deletes are staged and committed under the store's lock, with two fences
 //!    for the whole array;
-//! 4. *finish*: tokens of what succeeded are given back, holds dropped, results copied out.
+//! 4. *finish*: tokens and frames of what succeeded are given back, seals and holds dropped,
+//!    results copied out.
 //!
 //! No user memory is touched under the store's lock. `PMSKB_PERSIST` holds its socket's lock all
 //! the time, as other calls on a socket do; `PMSKB_IOC_SUBMIT` locks one socket after the other in
@@ -18,6 +19,7 @@
 
 use crate::{
     bindings as ext,
+    buffer::{Buffer, Sealed},
     frame::{Frame, FrameArea},
     pm::{self, csum::Sum, Pmem},
     region::Region,
@@ -30,6 +32,7 @@ use core::mem::size_of;
 use kernel::{
     bindings,
     ffi::c_int,
+    fs::LocalFile,
     prelude::*,
     sync::Arc,
     uaccess::{UserPtr, UserSlice},
@@ -81,6 +84,8 @@ struct Op {
     object: usize,
     /// What `exts` are, resolved; each with a hold.
     pieces: KVVec<pm::Piece>,
+    /// If they are of a buffer: nobody writes to it.
+    sealed: Option<Sealed>,
     meta: pm::Meta,
     if_seq: Option<u64>,
     result: Plain<ext::pmskb_result>,
@@ -120,9 +125,10 @@ fn submit(store: &Arc<Store>, mut caller: Caller<'_, '_>, header: ext::pmskb_sub
     store.submits.add(1);
 
     let mut ops = read_ops(&caller, &header, nr)?;
+    let mut left = MAX_EXTENTS;
     for op in ops.iter_mut() {
         if op.result.0.res == 0 {
-            let resolved = resolve(store, &mut caller, op);
+            let resolved = resolve(store, &mut caller, op, &mut left);
             op.fail_if(resolved);
         }
     }
@@ -184,6 +190,7 @@ fn read_ops(caller: &Caller<'_, '_>, header: &ext::pmskb_submit, nr: usize) -> R
             exts: KVVec::new(),
             object: 0,
             pieces: KVVec::new(),
+            sealed: None,
             meta: pm::Meta::default(),
             if_seq: None,
             result: Plain::default(),
@@ -354,9 +361,23 @@ impl Op {
     }
 }
 
-/// Phase 2: what the extents are, with a hold on each of their frames.
-fn resolve(store: &Arc<Store>, caller: &mut Caller<'_, '_>, op: &mut Op) -> Result {
-    if matches!(op.action, Action::Release) || op.exts.is_empty() {
+/// Phase 2: what the extents are, with a hold on each of their frames. `left` is how many frames
+/// of buffers the array may still name.
+fn resolve(
+    store: &Arc<Store>,
+    caller: &mut Caller<'_, '_>,
+    op: &mut Op,
+    left: &mut usize,
+) -> Result {
+    if op.exts.is_empty() {
+        return Ok(());
+    }
+    if matches!(caller, Caller::Store) {
+        if let Some((buffer, file)) = Buffer::of_fd(op.fd) {
+            return resolve_buffer(store, &buffer, &file, op, left);
+        }
+    }
+    if matches!(op.action, Action::Release) {
         return Ok(());
     }
     op.pieces.reserve(op.exts.len(), GFP_KERNEL)?;
@@ -409,6 +430,60 @@ fn resolve(store: &Arc<Store>, caller: &mut Caller<'_, '_>, op: &mut Op) -> Resu
         }
         Ok(())
     })?;
+    if overlap(op.pieces.get(..op.object).unwrap_or_default())? {
+        return Err(EINVAL);
+    }
+    Ok(())
+}
+
+/// [`resolve`] of extents that are ranges of a buffer, which nobody can write to from then on.
+fn resolve_buffer(
+    store: &Arc<Store>,
+    buffer: &Arc<Buffer>,
+    file: &LocalFile,
+    op: &mut Op,
+    left: &mut usize,
+) -> Result {
+    if matches!(op.action, Action::Release) || op.exts.iter().any(|ext| ext.0.token != 0) {
+        return Err(EINVAL);
+    }
+    if !Arc::ptr_eq(buffer.store(), store) {
+        return Err(errno(bindings::EXDEV));
+    }
+    let ranges = op.exts.iter().map(|ext| (ext.0.offset, ext.0.len));
+    let sealed = &*op.sealed.insert(buffer.seal(file, ranges, op.keep)?);
+    let mut object = 0;
+    for (nr, ext) in op.exts.iter().map(|ext| &ext.0).enumerate() {
+        let pieces = &mut op.pieces;
+        sealed.places(ext.offset, ext.len, |frame, off, len| {
+            *left = left.checked_sub(1).ok_or(E2BIG)?;
+            let piece = pm::Piece {
+                off,
+                len,
+                // There is no sum yet, so that the bytes are read for it.
+                packet: pm::Packet {
+                    seq: 0,
+                    time: 0,
+                    len: 0,
+                    sum: Sum::ZERO,
+                    kind: pm::CsumKind::None,
+                },
+                at: 0,
+                before: 0,
+                after: 0,
+            };
+            pieces.reserve(1, GFP_KERNEL)?;
+            store.frames().hold(frame)?;
+            // Room was reserved above.
+            pieces.push(piece, GFP_KERNEL)?;
+            Ok(())
+        })?;
+        if nr + 1 == op.object {
+            object = op.pieces.len();
+        }
+    }
+    // From extents to pieces: one may lie in several frames.
+    op.object = object;
     if overlap(op.pieces.get(..op.object).unwrap_or_default())? {
         return Err(EINVAL);
     }
@@ -646,7 +721,11 @@ fn stage(core: &mut Core, op: &mut Op) -> Result {
 /// call go in any case.
 fn finish(store: &Arc<Store>, caller: &mut Caller<'_, '_>, op: &mut Op) {
     let release = matches!(op.action, Action::Release);
-    if !op.failed() && !op.exts.is_empty() && (release || !op.keep) {
+    if let Some(sealed) = op.sealed.take() {
+        if !op.failed() {
+            sealed.finish();
+        }
+    } else if !op.failed() && !op.exts.is_empty() && (release || !op.keep) {
         let exts = &op.exts;
         let mut released = 0;
         let done = with_socket(store, caller, op.fd, |socket| {

@@ -36,6 +36,7 @@ plain! {
     pmskb_attach: 4 * 4 + 16,
     pmskb_detach: 2 * 4 + 8,
     pmskb_open: 8 + 2 * 4 + 8 + 4 + 2 + 1 + 1 + 2 * 8 + 2 * 8,
+    pmskb_alloc: 8 + 2 * 4 + 2 * 8,
     pmskb_store_info: 16 + 32 + 2 * 4 + 32 * 8 + 16 * 8,
     pmskb_compact: 8 + 2 * 4 + 4 * 8,
     pmskb_scrub_bad: 8 + 2 * 4,

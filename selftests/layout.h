@@ -95,6 +95,11 @@
 		FIELD(pmskb_open, len, 32, 8) \
 		FIELD(pmskb_open, time, 40, 8) \
 		FIELD(pmskb_open, reserved, 48, 16) \
+	STRUCT(pmskb_alloc, 32) \
+		FIELD(pmskb_alloc, len, 0, 8) \
+		FIELD(pmskb_alloc, fd, 8, 4) \
+		FIELD(pmskb_alloc, flags, 12, 4) \
+		FIELD(pmskb_alloc, reserved, 16, 16) \
 	STRUCT(pmskb_store_info, 440) \
 		FIELD(pmskb_store_info, uuid, 0, 16) \
 		FIELD(pmskb_store_info, label, 16, 32) \

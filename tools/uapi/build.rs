@@ -8,7 +8,7 @@ const HEADER: &str = "../../include/uapi/linux/pmskb.h";
 
 /// Request numbers are expressions with casts, which bindgen does not evaluate
 /// as macros, but does as constants.
-const REQUESTS: [&str; 7] = [
+const REQUESTS: [&str; 8] = [
     "FORMAT",
     "ATTACH",
     "DETACH",
@@ -16,6 +16,7 @@ const REQUESTS: [&str; 7] = [
     "ATTACH_SOCKET",
     "SUBMIT",
     "OPEN",
+    "ALLOC",
 ];
 
 fn main() {

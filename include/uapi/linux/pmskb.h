@@ -161,7 +161,10 @@ enum pmskb_opcode {
 #define PMSKB_OP_CREATE		(1U << 0)
 /** PMSKB_OP_REPLACE - put: only if the key has a record (else ENOENT). */
 #define PMSKB_OP_REPLACE	(1U << 1)
-/** PMSKB_OP_KEEP - put: the tokens stay valid afterwards. */
+/**
+ * PMSKB_OP_KEEP - put: the tokens stay valid afterwards; of a buffer, its frames
+ * stay mapped, for reading.
+ */
 #define PMSKB_OP_KEEP		(1U << 2)
 /**
  * PMSKB_OP_KEY_EXTENTS - @key points to @key_len elements of &struct pmskb_ext
@@ -175,9 +178,9 @@ enum pmskb_opcode {
 #define PMSKB_OP_IF_SEQ		(1U << 4)
 
 /**
- * struct pmskb_ext - a part of what a token holds
- * @token: the token
- * @offset: of the first byte in the token's extent
+ * struct pmskb_ext - a part of what a token holds, or of a buffer
+ * @token: the token; 0 for a buffer
+ * @offset: of the first byte in the token's extent, or in the buffer
  * @len: bytes; at least 1
  * @reserved: 0
  */
@@ -192,7 +195,8 @@ struct pmskb_ext {
  * struct pmskb_op - one operation
  * @opcode: &enum pmskb_opcode
  * @flags: PMSKB_OP_*
- * @fd: socket whose tokens the extents name; -1 in PMSKB_PERSIST
+ * @fd: socket whose tokens the extents name, or (in PMSKB_IOC_SUBMIT, to put) a
+ *	buffer; -1 in PMSKB_PERSIST
  * @key: user pointer to the key, or to its extents
  * @key_len: bytes of the key, or with PMSKB_OP_KEY_EXTENTS number of elements;
  *	0: no key, the record is in the log only
@@ -563,6 +567,28 @@ struct pmskb_open {
 	__aligned_u64 reserved[2];
 };
 
+/** PMSKB_MAX_BUFFER - largest buffer, bytes. */
+#define PMSKB_MAX_BUFFER	(1U << 26)
+
+/**
+ * struct pmskb_alloc - PMSKB_IOC_ALLOC
+ * @len: in: bytes, 1 to PMSKB_MAX_BUFFER; out: rounded up to frames
+ * @fd: out: a descriptor of the buffer, close-on-exec
+ * @flags: 0
+ * @reserved: 0
+ *
+ * A buffer is frames for the application's own data, zeroed: map it
+ * (MAP_SHARED), fill it, and name it as @fd of a put, whose extents are then
+ * ranges of it. What is put cannot be written any more; frames that were not put
+ * come back with the last close.
+ */
+struct pmskb_alloc {
+	__aligned_u64 len;
+	__s32 fd;
+	__u32 flags;
+	__aligned_u64 reserved[2];
+};
+
 #define PMSKB_IOC_MAGIC		0xBC
 /** PMSKB_IOC_FORMAT - on /dev/pmskb */
 #define PMSKB_IOC_FORMAT	_IOWR(PMSKB_IOC_MAGIC, 0x01, struct pmskb_format)
@@ -574,10 +600,12 @@ struct pmskb_open {
 #define PMSKB_IOC_INFO		_IOR(PMSKB_IOC_MAGIC, 0x10, struct pmskb_store_info)
 /** PMSKB_IOC_ATTACH_SOCKET - on /dev/pmskbN; the argument is the socket's fd */
 #define PMSKB_IOC_ATTACH_SOCKET	_IOW(PMSKB_IOC_MAGIC, 0x11, __s32)
-/** PMSKB_IOC_SUBMIT - on /dev/pmskbN; op.fd names the socket of the tokens */
+/** PMSKB_IOC_SUBMIT - on /dev/pmskbN; op.fd names socket or buffer */
 #define PMSKB_IOC_SUBMIT	_IOW(PMSKB_IOC_MAGIC, 0x12, struct pmskb_submit)
 /** PMSKB_IOC_OPEN - on /dev/pmskbN, open for reading */
 #define PMSKB_IOC_OPEN		_IOWR(PMSKB_IOC_MAGIC, 0x13, struct pmskb_open)
+/** PMSKB_IOC_ALLOC - on /dev/pmskbN, open for writing */
+#define PMSKB_IOC_ALLOC		_IOWR(PMSKB_IOC_MAGIC, 0x14, struct pmskb_alloc)
 /** PMSKB_IOC_COMPACT - on /dev/pmskbN, opened for writing */
 #define PMSKB_IOC_COMPACT	_IOWR(PMSKB_IOC_MAGIC, 0x15, struct pmskb_compact)
 /** PMSKB_IOC_SCRUB - on /dev/pmskbN */

@@ -255,3 +255,23 @@ pub(crate) const OPEN_RECORD: &[(i32, &str)] = &[
         "the store's device is gone or failing: see the kernel log",
     ),
 ];
+
+pub(crate) const ALLOC: &[(i32, &str)] = &[
+    (
+        libc::ENOSPC,
+        "the store has not that many free frames (`pmskbctl status` tells): delete records, or \
+         ask for less",
+    ),
+    (libc::EINVAL, "a buffer has 1 byte to 64 MiB"),
+    (libc::EACCES, "the store is open for reading only"),
+    (
+        libc::EMFILE,
+        "the process has too many files open: drop buffers that are done with, or raise its \
+         limit (`ulimit -n`)",
+    ),
+    (libc::ENODEV, "the store was detached"),
+    (
+        libc::EIO,
+        "the store's device is gone or failing: see the kernel log",
+    ),
+];

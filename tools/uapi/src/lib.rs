@@ -6,6 +6,7 @@
 //! | --- | --- |
 //! | [`control`] | `/dev/pmskb`: format, attach, detach |
 //! | [`store`] | `/dev/pmskbN`: counters, mapping, submit |
+//! | [`buffer`] | frames for data that is made here |
 //! | [`object`] | a record, open as a file |
 //! | [`socket`] | an attached socket: mode, packet descriptors, counters |
 //! | [`batch`] | an array of operations and their results |
@@ -22,6 +23,7 @@
 #![warn(missing_docs)]
 
 pub mod batch;
+pub mod buffer;
 pub mod catalog;
 pub mod control;
 pub mod error;
@@ -33,6 +35,7 @@ pub mod store;
 pub mod sys;
 
 pub use batch::{Batch, Ext, Key, Mode, OpView, Outcome};
+pub use buffer::Buffer;
 pub use catalog::Catalog;
 pub use control::{Control, FormatOptions};
 pub use error::{Error, Result};

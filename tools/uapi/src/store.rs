@@ -9,7 +9,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::{error, sys, Batch, Error, Mapping, Object, Result};
+use crate::{error, sys, Batch, Buffer, Error, Mapping, Object, Result};
 
 /// A store, open.
 #[derive(Debug)]
@@ -161,6 +161,22 @@ impl Store {
             let what = format!("cannot submit to {}", self.path.display());
             Error::new(what, e, error::SUBMIT)
         })
+    }
+
+    /// Frames for at least `len` bytes, 1 to 64 MiB, to fill and put.
+    pub fn alloc(&self, len: u64) -> Result<Buffer> {
+        let mut raw = sys::pmskb_alloc {
+            len,
+            ..Default::default()
+        };
+        // SAFETY: the request fills a struct pmskb_alloc.
+        unsafe { self.ioctl(sys::IOC_ALLOC, std::ptr::from_mut(&mut raw)) }
+            // SAFETY: just filled.
+            .and_then(|()| unsafe { Buffer::new(&raw) })
+            .map_err(|e| {
+                let what = format!("cannot allocate {len} bytes of {}", self.path.display());
+                Error::new(what, e, error::ALLOC)
+            })
     }
 
     /// Opens the record with a key, if there is one.
