@@ -8,13 +8,7 @@ use crate::{
     region::PAGE,
     store::Store,
 };
-use kernel::{
-    bindings,
-    error::code::*,
-    ffi::c_uint,
-    iov::IovIterDest,
-    prelude::{Error, Result},
-};
+use kernel::{bindings, ffi::c_uint, iov::IovIterDest, prelude::*};
 
 pub(crate) use crate::frame::Frame;
 

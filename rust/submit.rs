@@ -591,6 +591,10 @@ fn commit(store: &Store, ops: &mut [Op], atomic: bool) {
     if let Err(error) = committed {
         // Whatever a result says so far, it is not durable.
         for op in ops.iter_mut().filter(stages) {
+            // But it may be there after the next recovery, with its sum: not to be written to.
+            if let Some(sealed) = op.sealed.take() {
+                sealed.finish();
+            }
             op.fail_if(Err::<(), _>(error));
         }
     }
