@@ -398,8 +398,7 @@ unsafe extern "C" fn write_iter(
     let result = (|| {
         let mut copy = KVec::from_elem(0u8, PAGE, GFP_KERNEL)?;
         while !iter.is_empty() {
-            // SAFETY: May be called anywhere.
-            if done != 0 && unsafe { ext::pmskb_signal_pending() } {
+            if done != 0 && crate::host::signal_pending() {
                 break;
             }
             let pos = u64::try_from(kiocb.ki_pos).map_err(|_| EINVAL)?;

@@ -431,6 +431,7 @@ unsafe extern "C" fn ioctl(file: *mut bindings::file, cmd: c_uint, arg: c_ulong)
                     to.write(found)?;
                 }
                 write_arg(arg, &args)
+            }
             ext::pmskb_cmd_PMSKB_CMD_OPEN if !readable => Err(EACCES),
             ext::pmskb_cmd_PMSKB_CMD_OPEN => {
                 object::ioctl(&store, UserPtr::from_addr(arg))?;

@@ -60,8 +60,7 @@ pub(crate) unsafe fn read_iter(
     let mut done = 0usize;
     let result = (|| {
         while !iter.is_empty() {
-            // SAFETY: May be called anywhere.
-            if done != 0 && unsafe { ext::pmskb_signal_pending() } {
+            if done != 0 && crate::host::signal_pending() {
                 break;
             }
             let _entered = store.enter()?;

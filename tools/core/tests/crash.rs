@@ -246,15 +246,16 @@ fn compaction_loses_and_doubles_nothing_at_any_crash() {
 fn what_an_earlier_record_frame_left_in_a_frame_does_not_count() {
     let (store, _) = recover(formatted()).unwrap();
     let mut driver = Driver::new(store);
-    let mut run = |driver: &mut Driver, op: Op| driver.run(&op).unwrap();
+    let run = |driver: &mut Driver, op: Op| driver.run(&op).unwrap();
     for n in 0..63 {
         run(&mut driver, put(&format!("{n}"), n, 8));
     }
     run(&mut driver, put("next", 100, 8));
     run(&mut driver, Op::Commit);
     let first = log_of(&driver.store)[0].loc.0 / FRAME_SIZE;
-    // Sparse: its records move, and then the only free frame is the one they left.
-    let keep = |n: &u64| *n > 60;
+    // Sparse (31 records of two lines fill a frame): its last record moves, and then the
+    // only free frame is the one it left.
+    let keep = |n: &u64| n % 31 == 30;
     for n in (0..63).filter(|n| !keep(n)) {
         run(&mut driver, delete(&format!("{n}")));
     }
@@ -274,15 +275,27 @@ fn what_an_earlier_record_frame_left_in_a_frame_does_not_count() {
         let at = log_of(&driver.store)[0].loc.0 / FRAME_SIZE;
         assert_eq!(at == first, round == 1, "moved to {at}");
         if round == 0 {
+            for n in 0..70 {
+                run(&mut driver, put(&format!("third {n}"), 300 + n, 8));
+            }
+            run(&mut driver, Op::Commit);
+            for n in 1..70 {
+                run(&mut driver, delete(&format!("third {n}")));
+            }
+            run(&mut driver, Op::Commit);
+            run(&mut driver, Op::Sync);
             // All frames are taken but that one; and what moved is sparse again.
             let frames = driver.store.frames();
             let mut all = Vec::new();
             while let Some(frame) = frames.alloc(None, Need::Reserve) {
                 all.push(frame);
             }
-            let free = all.iter().position(|frame| u64::from(frame.0) == first).unwrap();
+            let free = all
+                .iter()
+                .position(|frame| u64::from(frame.0) == first)
+                .unwrap();
             frames.unhold(all.swap_remove(free), 0).unwrap();
-            run(&mut driver, delete("61"));
+            run(&mut driver, delete("30"));
         }
     }
     let mut rng = Rng(12);
