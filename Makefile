@@ -49,6 +49,9 @@ bite:
 test lint fuzz:
 	@$(LAB) $@
 
+crash:
+	@$(LAB) crash
+
 bench-core:
 	@$(LAB) bench-core $(if $(QUICK),--quick)
 
@@ -65,6 +68,7 @@ help:
 	@echo '  make test        every check; ends with "N passed, N failed"'
 	@echo '  make lint        rustfmt, clippy, checkpatch, shellcheck'
 	@echo '  make bench-core  what the core costs, beside LMDB and RocksDB (5 minutes; QUICK=1: 10 s)'
+	@echo '  make crash       every crash state of every short history of the store; an hour'
 	@echo '  make fuzz        damaged images and random operations; MINUTES=n for each target (30)'
 	@echo '  make vm          a shell in a virtual machine with a store attached'
 	@echo '  make kernel      the kernel to build against; also: root rootfs'
@@ -81,7 +85,7 @@ help:
 	@echo
 	@echo 'More: README.md, tools/lab/README.md'
 
-.PHONY: all root kernel module tools selftests docs rootfs vm demo bite test lint clean distclean help
+.PHONY: all root kernel module tools selftests docs rootfs vm demo bite test lint crash fuzz bench-core clean distclean help
 endif
 
 endif
