@@ -137,7 +137,7 @@ fn submit(store: &Arc<Store>, mut caller: Caller<'_, '_>, header: ext::pmskb_sub
     }
     commit(store, &mut ops, atomic);
     for op in ops.iter_mut() {
-        finish(store, &mut caller, op);
+        finish(store, &mut caller, op, atomic);
     }
     store.upkeep();
     write_results(header.results, &ops)
@@ -722,8 +722,9 @@ fn stage(core: &mut Core, op: &mut Op) -> Result {
 }
 
 /// Phase 4: the tokens of a put that succeeded, and those of a release, go; the holds of this
-/// call go in any case.
-fn finish(store: &Arc<Store>, caller: &mut Caller<'_, '_>, op: &mut Op) {
+/// call go in any case. In an array that is all or nothing, and was done, a release gives back what
+/// is still held: [`check_releases`] saw its tokens, and another operation may name them too.
+fn finish(store: &Arc<Store>, caller: &mut Caller<'_, '_>, op: &mut Op, atomic: bool) {
     let release = matches!(op.action, Action::Release);
     if let Some(sealed) = op.sealed.take() {
         if !op.failed() {
@@ -733,7 +734,7 @@ fn finish(store: &Arc<Store>, caller: &mut Caller<'_, '_>, op: &mut Op) {
         let exts = &op.exts;
         let mut released = 0;
         let done = with_socket(store, caller, op.fd, |socket| {
-            if release {
+            if release && !atomic {
                 // All or none, so that a wrong token does no harm.
                 for ext in exts {
                     socket.get(ext.0.token)?;
@@ -747,7 +748,9 @@ fn finish(store: &Arc<Store>, caller: &mut Caller<'_, '_>, op: &mut Op) {
         });
         if release {
             op.result.0.res = released;
-            op.fail_if(done);
+            if !atomic {
+                op.fail_if(done);
+            }
         }
     }
     for piece in &op.pieces {
