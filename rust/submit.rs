@@ -139,6 +139,12 @@ fn submit(store: &Arc<Store>, mut caller: Caller<'_, '_>, header: ext::pmskb_sub
     for op in ops.iter_mut() {
         finish(store, &mut caller, op, atomic);
     }
+    // Their space is back when the call returns, unless a signal ends it: then upkeep goes on.
+    let truncated = |op: &Op| matches!(op.action, Action::Truncate(_)) && !op.failed();
+    if ops.iter().any(truncated) {
+        // Done they are, whatever this answers.
+        let _ = store.drain();
+    }
     store.upkeep();
     write_results(header.results, &ops)
 }
