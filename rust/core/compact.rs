@@ -107,17 +107,14 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         }
     }
 
-    /// Whether an extent is to be moved: it lies in one frame, of which records
-    /// use little.
+    /// Whether an extent is to be moved: it fits one frame, and lies in one of which
+    /// records use little, or across the border of such a one.
     fn sparse(&self, extent: Extent) -> bool {
         let filling = self.fill.map(|(frame, _)| frame);
-        let mut frames = extent.frames();
-        match (frames.next(), frames.next()) {
-            (Some(frame), None) => {
+        u64::from(extent.len) <= FRAME_SIZE
+            && extent.frames().any(|frame| {
                 Some(frame) != filling && (1..=SPARSE).contains(&self.frames.used(frame))
-            }
-            _ => false,
-        }
+            })
     }
 
     /// What is in a frame; none if it must stay as it is.
