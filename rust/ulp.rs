@@ -508,6 +508,10 @@ pub(crate) fn attach_fd(store: &Arc<Store>, fd: i32) -> Result {
     if !file.is_tcp() {
         return Err(EOPNOTSUPP());
     }
+    if store.read_only() {
+        // Before the ULP, which a socket does not get rid of again.
+        return Err(errno(bindings::EROFS));
+    }
     let sk = file.sk()?;
     // SAFETY: A full TCP socket, and `file` keeps it.
     if unsafe { family_of(sk.as_ptr()) }.is_none() {
