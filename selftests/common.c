@@ -254,6 +254,34 @@ int store_back(const struct store *s, int ms, struct pmskb_store_info *info)
 	}
 }
 
+const char *info_wrong(const struct pmskb_store_info *info, uint64_t key_bytes, bool shared)
+{
+	static char why[200];
+	uint64_t sum = info->frames_free + info->frames_payload + info->frames_record +
+		info->frames_list + info->frames_index + info->frames_held + info->frames_limbo +
+		info->frames_bad;
+
+	if (sum != info->frames_total) {
+		snprintf(why, sizeof(why), "%llu frames, but %lu by what they are used for",
+			 info->frames_total, sum);
+		return why;
+	}
+	sum = info->live_bytes + key_bytes + info->fragmented_bytes;
+	if (!shared && info->frames_payload * PMSKB_FRAME_SIZE != sum) {
+		snprintf(why, sizeof(why), "%llu payload frames have %llu bytes; %llu live, %lu of keys, %llu fragmented: %lu",
+			 info->frames_payload, info->frames_payload * PMSKB_FRAME_SIZE, info->live_bytes,
+			 key_bytes, info->fragmented_bytes, sum);
+		return why;
+	}
+	sum = info->frames_record * PMSKB_FRAME_SIZE;
+	if (info->record_bytes > sum || info->keys > info->records) {
+		snprintf(why, sizeof(why), "%llu records, %llu keys, %llu bytes of records in %llu frames",
+			 info->records, info->keys, info->record_bytes, info->frames_record);
+		return why;
+	}
+	return NULL;
+}
+
 /* ---- network ---- */
 
 #define NETNS "pmskb-client"
@@ -770,6 +798,55 @@ struct pmskb_op op_put(const void *key, uint32_t key_len, const struct pmskb_ext
 	return op;
 }
 
+struct pmskb_op op_delete(const void *key, uint32_t key_len)
+{
+	struct pmskb_op op = op_put(key, key_len, NULL, 0);
+
+	op.opcode = PMSKB_OP_DELETE;
+	return op;
+}
+
+struct pmskb_op op_release(const struct pmskb_ext *ext, uint32_t nr)
+{
+	struct pmskb_op op = op_put(NULL, 0, ext, nr);
+
+	op.opcode = PMSKB_OP_RELEASE;
+	return op;
+}
+
+struct pmskb_op op_truncate(uint64_t seq)
+{
+	struct pmskb_op op = op_put(NULL, 0, NULL, 0);
+
+	op.opcode = PMSKB_OP_TRUNCATE;
+	op.seq = seq;
+	return op;
+}
+
+int way_submit(const struct way *w, struct pmskb_op *ops, struct pmskb_result *res, uint32_t nr, uint32_t flags)
+{
+	struct pmskb_submit s = { .ops = PTR(ops), .results = PTR(res), .nr = nr, .flags = flags };
+	uint32_t i;
+
+	for (i = 0; i < nr; i++)
+		ops[i].fd = w->ioctl && ops[i].nr_extents ? w->sock : -1;
+	if (w->ioctl)
+		return ioctl(w->store, PMSKB_IOC_SUBMIT, &s) < 0 ? -errno : 0;
+	return setsockopt(w->sock, SOL_PMSKB, PMSKB_PERSIST, &s, sizeof(s)) < 0 ? -errno : 0;
+}
+
+int64_t way_one(const struct way *w, struct pmskb_op op, struct pmskb_result *res)
+{
+	struct pmskb_result r;
+	int err;
+
+	memset(&r, 0xa5, sizeof(r));
+	err = way_submit(w, &op, &r, 1, 0);
+	if (res)
+		*res = r;
+	return err ? CALL_FAILED(err) : r.res;
+}
+
 struct pmskb_ext ext_of(const struct pmskb_desc *d)
 {
 	struct pmskb_ext e = { .token = d->token, .len = d->len };
@@ -783,4 +860,23 @@ void exts_of(struct pmskb_ext *e, const struct pmskb_desc *d, int n)
 
 	for (i = 0; i < n; i++)
 		e[i] = ext_of(&d[i]);
+}
+
+int exts_part(struct pmskb_ext *out, const struct pmskb_desc *d, int n, uint64_t from, uint64_t len)
+{
+	uint64_t at = 0;
+	int i, m = 0;
+
+	for (i = 0; i < n && len; at += d[i].len, i++) {
+		uint64_t off, take;
+
+		if (from >= at + d[i].len)
+			continue;
+		off = from - at;
+		take = d[i].len - off < len ? d[i].len - off : len;
+		out[m++] = (struct pmskb_ext) { d[i].token, off, take, 0 };
+		from += take;
+		len -= take;
+	}
+	return len ? -1 : m;
 }

@@ -76,6 +76,9 @@ int store_quiet(const struct store *s, int ms, struct pmskb_store_info *info);
 #define STORE_SLACK 128
 int store_back(const struct store *s, int ms, struct pmskb_store_info *info);
 
+/* What does not add up in info, or NULL. Without `shared`, no record has bytes of another. */
+const char *info_wrong(const struct pmskb_store_info *info, uint64_t key_bytes, bool shared);
+
 /* ---- network ---- */
 
 enum link { LINK_LO, LINK_VETH, LINK_PLAIN };
@@ -156,9 +159,23 @@ int desc_release_all(int fd, const struct pmskb_desc *d, int n);
 int64_t persist_one(int fd, const struct pmskb_op *op, struct pmskb_result *res);
 int submit(int store_fd, const struct pmskb_op *ops, struct pmskb_result *res, uint32_t nr);
 int persist(int fd, const struct pmskb_op *ops, struct pmskb_result *res, uint32_t nr);
+/* One array by either way: PMSKB_PERSIST on sock, or PMSKB_IOC_SUBMIT on store. */
+struct way {
+	int store, sock;
+	bool ioctl;
+};
+int way_submit(const struct way *w, struct pmskb_op *ops, struct pmskb_result *res, uint32_t nr, uint32_t flags);
+/* As persist_one(). */
+int64_t way_one(const struct way *w, struct pmskb_op op, struct pmskb_result *res);
 struct pmskb_op op_put(const void *key, uint32_t key_len, const struct pmskb_ext *ext, uint32_t nr);
+struct pmskb_op op_delete(const void *key, uint32_t key_len);
+/* Only the tokens of the extents count. */
+struct pmskb_op op_release(const struct pmskb_ext *ext, uint32_t nr);
+struct pmskb_op op_truncate(uint64_t seq);
 struct pmskb_ext ext_of(const struct pmskb_desc *d);
 /* All of n descriptors as extents. */
 void exts_of(struct pmskb_ext *e, const struct pmskb_desc *d, int n);
+/* Bytes [from, from + len) of what n descriptors describe: number of extents, or -1. */
+int exts_part(struct pmskb_ext *out, const struct pmskb_desc *d, int n, uint64_t from, uint64_t len);
 
 #endif

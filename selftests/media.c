@@ -196,8 +196,9 @@ static int parse_record(const struct place *p, const uint8_t *frame, unsigned in
 	r->remote_port = m[48] | m[49] << 8;
 	r->local_port = m[50] | m[51] << 8;
 	r->keyed = r->flags & F_KEYED;
-	if (r->key_len > sizeof(r->key))
-		return -EUCLEAN;
+	/* Cut short, or the rest of something else: not a record. */
+	if (r->key_len > sizeof(r->key) || lines > 26)
+		return 1;
 
 	at = m + LINE;
 	switch (r->flags >> 4 & 3) {
@@ -218,7 +219,7 @@ static int parse_record(const struct place *p, const uint8_t *frame, unsigned in
 		const uint8_t *key = bytes_at(p, get64(at) >> 20, r->key_len);
 
 		if (!key || (get64(at) & 0xfffff) + 1 != r->key_len)
-			return -EUCLEAN;
+			return 1;
 		memcpy(r->key, key, r->key_len);
 		crc = crc32c(crc, key, r->key_len);
 		at += 8;
@@ -226,7 +227,6 @@ static int parse_record(const struct place *p, const uint8_t *frame, unsigned in
 		memcpy(r->key, at, r->key_len);
 		at += (r->key_len + 7) / 8 * 8;
 	}
-	/* Cut short, or the rest of another store: not a record. */
 	if (crc != get32(m))
 		return 1;
 
@@ -295,8 +295,7 @@ static int scan_frame(const struct place *p, const uint8_t *f, struct found ***a
 		struct found *one;
 		int err;
 
-		if (!m[5] || line + m[5] > 64 || m[4] != TYPE_PUT ||
-		    get64(m + 8) < get64(f + 16) || get64(m + 8) - get64(f + 16) >= 64) {
+		if (!m[5] || line + m[5] > 64 || m[4] != TYPE_PUT) {
 			line++;
 			continue;
 		}
@@ -321,12 +320,13 @@ int media_scan(const uint8_t *base, size_t len, int (*each)(struct record *r, vo
 {
 	struct place p = { base, len };
 	struct found **all = NULL;
-	uint64_t off, data, end;
+	uint64_t off, data, end, truncated;
 	const uint8_t *map;
 	int n = 0, live = 0, err = 0, i;
 
 	if (!sb_valid(base))
 		return -EUCLEAN;
+	truncated = get64(base + SB_TRUNC_SEQ);
 	data = get64(base + SB_DATA_OFF);
 	end = data + get64(base + SB_DATA_LEN);
 	map = base + get64(base + SB_MAP_OFF);
@@ -357,7 +357,9 @@ int media_scan(const uint8_t *base, size_t len, int (*each)(struct record *r, vo
 				     !memcmp(x->key, y->key, x->key_len);
 	}
 	for (i = 0; i < n; i++) {
-		if (!err && !all[i]->superseded) {
+		const struct record *x = &all[i]->r;
+
+		if (!err && !all[i]->superseded && (x->keyed || x->seq > truncated)) {
 			live++;
 			err = each ? each(&all[i]->r, arg) : 0;
 		}
@@ -366,4 +368,187 @@ int media_scan(const uint8_t *base, size_t len, int (*each)(struct record *r, vo
 	}
 	free(all);
 	return err ? err : live;
+}
+
+/* ---- the mapping of an attached store ---- */
+
+#define LIVE 4096
+#define LIVE_KEY_ROOT (LIVE + 24)
+#define LIVE_SNAPSHOT (LIVE + 88)
+#define TYPE_KILLED 0xdd
+#define NODE 1024
+#define MAX_KEY 1024
+#define TRIES 100000
+
+/* What is written meanwhile: eight bytes at once, and nothing later before it. */
+static uint64_t load(const struct place *p, uint64_t off)
+{
+	return __atomic_load_n((const uint64_t *)(p->base + off), __ATOMIC_ACQUIRE);
+}
+
+static void acquire(void)
+{
+	__atomic_thread_fence(__ATOMIC_ACQUIRE);
+}
+
+/* Nothing but the data area is followed: the head area cannot be read. */
+static bool in_data(const struct place *p, uint64_t off, uint64_t len)
+{
+	uint64_t data = get64(p->base + SB_DATA_OFF), end = data + get64(p->base + SB_DATA_LEN);
+
+	if (end > p->len)
+		end = p->len;
+	return off >= data && off <= end && len <= end - off;
+}
+
+/* Compares a key with that of the record at loc; 2 if there is nothing of the kind. */
+static int key_cmp(const struct place *p, const void *key, uint32_t key_len, uint64_t loc)
+{
+	uint32_t flags, len;
+	uint64_t at;
+	int c;
+
+	if (!in_data(p, loc, LINE) || loc % LINE)
+		return 2;
+	flags = load(p, loc) >> 48;
+	len = load(p, loc + 24) >> 48;
+	at = loc + LINE + ((flags >> 4 & 3) == 2 ? 32 : 0);
+	if (flags & F_KEY_EXTENT) {
+		if (!in_data(p, at, 8))
+			return 2;
+		at = load(p, at) >> 20;
+	}
+	if (len > MAX_KEY || !in_data(p, at, len))
+		return 2;
+	c = memcmp(key, p->base + at, key_len < len ? key_len : len);
+	if (!c)
+		c = key_len < len ? -1 : key_len > len;
+	return c < 0 ? -1 : c > 0;
+}
+
+/* One walk down: 1 with the locator and its node's version, 0, or -EAGAIN. */
+static int find_key(const struct place *p, const void *key, uint32_t key_len,
+		    uint64_t *loc, uint64_t *node, uint64_t *version)
+{
+	uint64_t root = load(p, LIVE_KEY_ROOT), at, v;
+	int level, lo, hi, mid, c, count, size;
+
+	level = (int)(root >> 34 & 63) - 1;
+	if (level < 0)
+		return 0;
+	at = (root & 0x3ffffffffULL) * NODE;
+	if (!in_data(p, at, NODE))
+		return -EAGAIN;
+	v = load(p, at);
+	if (v & 1 || load(p, LIVE_KEY_ROOT) != root)
+		return -EAGAIN;
+	for (;; level--) {
+		uint64_t head = load(p, at + 8), child, v2;
+
+		count = head & 0xffff;
+		size = level ? 24 : 16;
+		if (head >> 48 != 0x6e70 || (int)(head >> 16 & 0xff) != level || count > (level ? 40 : 60))
+			return -EAGAIN;
+		/* The last entry that is not above the key. */
+		lo = level ? 0 : -1;
+		hi = count;
+		while (hi - lo > 1) {
+			mid = (lo + hi) / 2;
+			c = key_cmp(p, key, key_len, load(p, at + LINE + mid * size + 8));
+			if (c == 2)
+				return -EAGAIN;
+			if (c < 0)
+				hi = mid;
+			else
+				lo = mid;
+		}
+		if (!level)
+			break;
+		child = load(p, at + LINE + lo * size + 16);
+		acquire();
+		if (load(p, at) != v || !in_data(p, child, NODE) || child % NODE)
+			return -EAGAIN;
+		v2 = load(p, child);
+		acquire();
+		if (v2 & 1 || load(p, at) != v)
+			return -EAGAIN;
+		at = child;
+		v = v2;
+	}
+	c = 1;
+	if (lo >= 0) {
+		*loc = load(p, at + LINE + lo * size + 8);
+		c = key_cmp(p, key, key_len, *loc);
+	}
+	acquire();
+	if (load(p, at) != v || c == 2)
+		return -EAGAIN;
+	*node = at;
+	*version = v;
+	return !c;
+}
+
+int map_get(const uint8_t *base, size_t len, const void *key, uint32_t key_len, struct hit *hit)
+{
+	struct place p = { base, len };
+	uint64_t node, version;
+	int tries, found, i;
+
+	for (tries = 0; tries < TRIES; tries++) {
+		found = find_key(&p, key, key_len, &hit->loc, &node, &version);
+		if (found < 0)
+			continue;
+		if (!found)
+			return 0;
+		hit->word = load(&p, hit->loc);
+		hit->seq = load(&p, hit->loc + 8);
+		hit->len = load(&p, hit->loc + 24);
+		hit->nr_extents = load(&p, hit->loc + 40);
+		hit->at = hit->loc + LINE + ((hit->word >> 52 & 3) == 2 ? 32 : 0) +
+			(hit->word >> 48 & F_KEY_EXTENT ? 8 : (key_len + 7) / 8 * 8);
+		for (i = 0; i < (int)hit->nr_extents && i < MAP_EXTENTS; i++)
+			hit->extents[i] = load(&p, i ? hit->at + (i - 1) * 8 : hit->loc + 32);
+		acquire();
+		/* The index changes before the record's place is given back. */
+		if (load(&p, node) != version || load(&p, hit->loc) != hit->word)
+			continue;
+		switch (hit->word >> 32 & 0xff) {
+		case TYPE_PUT:
+			return 1;
+		case TYPE_KILLED:
+			return 0;
+		default:
+			return -EUCLEAN;
+		}
+	}
+	return -EBUSY;
+}
+
+int map_bytes(const uint8_t *base, size_t len, const struct hit *hit, void *buf)
+{
+	struct place p = { base, len };
+	uint32_t have = 0, i;
+
+	if (hit->nr_extents > MAP_EXTENTS)
+		return -E2BIG;
+	for (i = 0; i < hit->nr_extents; i++) {
+		uint64_t off = hit->extents[i] >> 20, n = (hit->extents[i] & 0xfffff) + 1;
+
+		if (!in_data(&p, off, n) || n > hit->len - have)
+			return -EUCLEAN;
+		memcpy((uint8_t *)buf + have, base + off, n);
+		have += n;
+	}
+	acquire();
+	if (load(&p, hit->loc) != hit->word || load(&p, hit->loc + 8) != hit->seq)
+		return -ESTALE;
+	return have == hit->len ? 0 : -EUCLEAN;
+}
+
+uint64_t map_snapshot(const uint8_t *base)
+{
+	struct place p = { base, 2 * LIVE };
+
+	acquire();
+	return load(&p, LIVE_SNAPSHOT);
 }

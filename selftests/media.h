@@ -2,7 +2,8 @@
 /*
  * The media as Documentation/format.rst describes it, read by code that shares
  * nothing with the module: an independent check of both. For regions that are
- * block devices (/dev/pmemN), and only while they are detached.
+ * block devices (/dev/pmemN), and only while they are detached; and the mapping of an
+ * attached one.
  */
 #ifndef PMSKB_SELFTESTS_MEDIA_H
 #define PMSKB_SELFTESTS_MEDIA_H
@@ -30,6 +31,7 @@
 #define SB_DATA_OFF 136
 #define SB_DATA_LEN 144
 #define SB_UPDATE 152
+#define SB_TRUNC_SEQ 176
 
 uint32_t crc32c(uint32_t crc, const void *buf, size_t len);
 
@@ -75,5 +77,26 @@ struct record {
  * keys, then those without; stops when that returns something else than 0.
  */
 int media_scan(const uint8_t *base, size_t len, int (*each)(struct record *r, void *arg), void *arg);
+
+/* ---- the mapping of an attached store, while it changes ---- */
+
+#define MAP_EXTENTS 64
+
+/* A record that was its key's at some instant during map_get(). */
+struct hit {
+	uint64_t loc, word, seq, at;
+	uint32_t len, nr_extents;
+	uint64_t extents[MAP_EXTENTS];
+};
+
+/* Looks a key up without locks: 1, 0 if there is none, -EUCLEAN, -EBUSY after very many tries. */
+int map_get(const uint8_t *base, size_t len, const void *key, uint32_t key_len, struct hit *hit);
+/*
+ * Copies the object's bytes: 0, or -ESTALE if the record died meanwhile, and
+ * what was copied may be anything.
+ */
+int map_bytes(const uint8_t *base, size_t len, const struct hit *hit, void *buf);
+/* The word that is odd while an atomic batch comes into view. */
+uint64_t map_snapshot(const uint8_t *base);
 
 #endif

@@ -15,13 +15,9 @@
 #include <time.h>
 
 #include "kselftest_harness.h"
+#include "objects.h"
 
 #define ERRNO(call) ((call) < 0 ? errno : 0)
-#define MAX_DESC 4096
-
-static struct pmskb_desc d[MAX_DESC];
-static struct pmskb_ext e[MAX_DESC];
-
 FIXTURE(persist) {
 	struct store s;
 	struct conn c;
@@ -61,125 +57,6 @@ FIXTURE_TEARDOWN(persist)
 	conn_close(&self->c);
 	EXPECT_EQ(0, store_quiet(&self->s, 5000, &info)) TH_LOG("frames are left behind");
 	EXPECT_EQ(0, store_close(&self->s));
-}
-
-/* ---- what should be in the store ---- */
-
-struct object {
-	uint64_t seq;
-	const void *key;
-	uint32_t key_len;
-	const void *bytes;
-	uint32_t len;
-	bool found;
-};
-
-struct ledger {
-	struct object *objects;
-	int nr, wrong;
-	struct __test_metadata *_metadata;
-};
-
-static int compare(struct record *r, void *arg)
-{
-	struct ledger *l = arg;
-	struct __test_metadata *_metadata = l->_metadata;
-	int i;
-
-	for (i = 0; i < l->nr; i++) {
-		struct object *o = &l->objects[i];
-
-		if (o->seq != r->seq)
-			continue;
-		EXPECT_FALSE(o->found) TH_LOG("record %lu is there twice", r->seq);
-		o->found = true;
-		EXPECT_EQ(o->key_len, r->key_len);
-		EXPECT_EQ(!!o->key_len, r->keyed);
-		EXPECT_TRUE(o->key_len == r->key_len && !memcmp(o->key, r->key, r->key_len)) TH_LOG("key of %lu", r->seq);
-		EXPECT_EQ(o->len, r->len);
-		EXPECT_TRUE(o->len == r->len && !memcmp(o->bytes, r->bytes, r->len)) TH_LOG("bytes of %lu", r->seq);
-		EXPECT_EQ(ntohs(rfc1071(r->bytes, r->len)), r->csum) TH_LOG("checksum of %lu", r->seq);
-		return 0;
-	}
-	l->wrong++;
-	TH_LOG("record %lu, key '%.*s', is in the store and should not be", r->seq, r->key_len, r->key);
-	return 0;
-}
-
-/* The store holds just these records; first as it is, then detached and attached. */
-static void store_holds(struct __test_metadata *_metadata, struct store *s, struct conn *c,
-			enum dev dev, struct object *objects, int nr)
-{
-	struct pmskb_store_info info;
-	uint64_t last = 0, keys = 0, bytes = 0;
-	int round, i, n;
-
-	for (i = 0; i < nr; i++) {
-		last = objects[i].seq > last ? objects[i].seq : last;
-		keys += !!objects[i].key_len;
-		bytes += objects[i].len;
-	}
-	for (round = 0; round < 2; round++) {
-		struct ledger l = { objects, nr, 0, _metadata };
-
-		for (i = 0; i < nr; i++)
-			objects[i].found = false;
-		n = media_scan(s->map, s->map_len, compare, &l);
-		EXPECT_EQ(nr, n) TH_LOG("records in the store, %s", round ? "attached again" : "at once");
-		for (i = 0; i < nr; i++) {
-			EXPECT_TRUE(objects[i].found) TH_LOG("record %lu is lost, %s", objects[i].seq,
-							     round ? "attached again" : "at once");
-		}
-		EXPECT_EQ(0, l.wrong);
-		ASSERT_EQ(0, store_info(s, &info));
-		EXPECT_EQ(nr, info.records);
-		EXPECT_EQ(keys, info.keys);
-		EXPECT_EQ(bytes, info.live_bytes);
-		EXPECT_LE(last, info.durable_seq);
-		/* The tools' reader has the core's code; this one here has not. */
-		if (have_program("pmskbctl")) {
-			EXPECT_EQ(0, sh("pmskbctl verify pmskb%u >/dev/null", s->minor)) TH_LOG("pmskbctl verify");
-		}
-		if (round)
-			break;
-		if (c)
-			conn_close(c);
-		ASSERT_EQ(0, store_close(s));
-		ASSERT_EQ(0, store_open(s, dev));
-	}
-}
-
-/* Sends len bytes of stream seed and takes their descriptors. */
-static int receive(struct __test_metadata *_metadata, struct conn *c, void *buf, size_t len, uint32_t seed)
-{
-	int n;
-
-	fill(buf, len, seed, 0);
-	ASSERT_EQ(0, send_all(c->c, buf, len));
-	n = desc_recv_bytes(c->s, d, MAX_DESC, len);
-	ASSERT_LT(0, n) TH_LOG("receiving %zu bytes: %s", len, strerror(-n));
-	exts_of(e, d, n);
-	return n;
-}
-
-/* Extents for bytes [from, from + len) of what n descriptors describe. */
-static int part(struct pmskb_ext *out, const struct pmskb_desc *d, int n, uint64_t from, uint64_t len)
-{
-	uint64_t at = 0;
-	int i, m = 0;
-
-	for (i = 0; i < n && len; at += d[i].len, i++) {
-		uint64_t off, take;
-
-		if (from >= at + d[i].len)
-			continue;
-		off = from - at;
-		take = d[i].len - off < len ? d[i].len - off : len;
-		out[m++] = (struct pmskb_ext) { d[i].token, off, take, 0 };
-		from += take;
-		len -= take;
-	}
-	return len ? -1 : m;
 }
 
 /* ---- put ---- */
@@ -256,7 +133,7 @@ TEST_F(persist, a_part_of_a_packet_has_the_sum_of_that_part)
 		for (k = 0; k < ARRAY_LEN(len); k++) {
 			if (from[i] + len[k] > sizeof(buf))
 				continue;
-			m = part(p, d, n, from[i], len[k]);
+			m = exts_part(p, d, n, from[i], len[k]);
 			ASSERT_LT(0, m);
 			op = op_put(NULL, 0, p, m);
 			op.flags = PMSKB_OP_KEEP;
@@ -288,7 +165,7 @@ TEST_F(persist, several_packets_make_one_object_in_any_order)
 	/* Odd pieces, so that sums change places; last packet first. */
 	for (i = 19; i >= 0; i--) {
 		memcpy(mixed + (19 - i) * 777, buf + i * 777, 777);
-		m = part(p + nr, d, n, i * 777, 777);
+		m = exts_part(p + nr, d, n, i * 777, 777);
 		ASSERT_LT(0, m);
 		nr += m;
 	}
@@ -318,7 +195,7 @@ TEST_F(persist, several_objects_share_a_packet_and_its_frames)
 
 	n = receive(_metadata, &self->c, buf, sizeof(buf), 45);
 	for (i = 0; i < 3; i++) {
-		m = part(p[i], d, n, i * 300, 300);
+		m = exts_part(p[i], d, n, i * 300, 300);
 		ASSERT_LT(0, m);
 		op[i] = op_put(&"abc"[i], 1, p[i], m);
 		op[i].flags = PMSKB_OP_KEEP;
@@ -355,8 +232,8 @@ TEST_F(persist, a_key_may_lie_in_the_packet_itself)
 	int n, k, m;
 
 	n = receive(_metadata, &self->c, buf, sizeof(buf), 46);
-	k = part(key, d, n, 4, 20);
-	m = part(body, d, n, 100, 3000);
+	k = exts_part(key, d, n, 4, 20);
+	m = exts_part(body, d, n, 100, 3000);
 	ASSERT_LT(0, k);
 	ASSERT_LT(0, m);
 	op = op_put(key, k, body, m);
@@ -387,9 +264,9 @@ TEST_F(persist, a_key_may_straddle_packets_and_come_in_pieces)
 	ASSERT_LT(0, n);
 	m = receive(_metadata, &self->c, b, sizeof(b), 48);
 	/* The end of the one, the start of the other, and one byte again. */
-	k = part(key, first, n, sizeof(a) - 29, 29);
+	k = exts_part(key, first, n, sizeof(a) - 29, 29);
 	ASSERT_LT(0, k);
-	k += part(key + k, d, m, 0, 30);
+	k += exts_part(key + k, d, m, 0, 30);
 	key[k++] = (struct pmskb_ext) { d[0].token, 7, 1, 0 };
 	memcpy(want, a + sizeof(a) - 29, 29);
 	memcpy(want + 29, b, 30);
@@ -613,7 +490,7 @@ TEST_F_TIMEOUT(persist, a_large_object_of_very_many_extents, 120)
 	EXPECT_EQ(0, sender_wait(&snd));
 	/* Every second 100 bytes: nothing is adjacent, lists are needed. */
 	for (i = 0; i + 200 <= LEN; i += 200) {
-		int k = part(p + m, all, n, i, 100);
+		int k = exts_part(p + m, all, n, i, 100);
 
 		ASSERT_LT(0, k);
 		m += k;
@@ -652,7 +529,7 @@ TEST_F_TIMEOUT(persist, arrays_hold_up_to_1024_operations, 120)
 		op[i] = op_put(keys[i], strlen(keys[i]), NULL, 0);
 	}
 	for (i = 0; i < PMSKB_MAX_OPS; i++) {
-		ASSERT_EQ(1, part(&p[i], d, n, i, 1));
+		ASSERT_EQ(1, exts_part(&p[i], d, n, i, 1));
 		op[i] = op_put(keys[i], strlen(keys[i]), &p[i], 1);
 		op[i].flags = PMSKB_OP_KEEP;
 		o[i] = (struct object) { i + 1, keys[i], strlen(keys[i]), buf + i, 1 };
@@ -828,7 +705,7 @@ TEST_F(persist, malformed_operations_are_einval_and_change_nothing)
 	EXPECT_EQ(-EINVAL, persist_one(self->c.s, &op, NULL));
 	op = ok, op.opcode = 0xffff;
 	EXPECT_EQ(-EINVAL, persist_one(self->c.s, &op, NULL));
-	for (i = 4; i < 16; i++) {
+	for (i = 5; i < 16; i++) {
 		op = ok, op.flags = 1 << i;
 		EXPECT_EQ(-EINVAL, persist_one(self->c.s, &op, NULL)) TH_LOG("flag bit %d", i);
 	}
@@ -908,14 +785,14 @@ TEST_F(persist, a_key_too_long_is_enametoolong_and_a_list_too_long_e2big)
 	op.key_len = ~0U;
 	EXPECT_EQ(-ENAMETOOLONG, persist_one(self->c.s, &op, NULL));
 	n = receive(_metadata, &self->c, buf, sizeof(buf), 57);
-	k = part(x, d, n, 0, sizeof(buf));
+	k = exts_part(x, d, n, 0, sizeof(buf));
 	ASSERT_LT(0, k);
 	op = op_put(x, k, NULL, 0);
 	op.flags = PMSKB_OP_KEY_EXTENTS;
 	EXPECT_EQ(-ENAMETOOLONG, persist_one(self->c.s, &op, NULL));
 	op.key_len = ~0U;
 	EXPECT_GT(0, persist_one(self->c.s, &op, NULL)) TH_LOG("four thousand million elements");
-	k = part(x, d, n, 1, PMSKB_MAX_KEY);
+	k = exts_part(x, d, n, 1, PMSKB_MAX_KEY);
 	ASSERT_LT(0, k);
 	op = op_put(x, k, NULL, 0);
 	op.flags = PMSKB_OP_KEY_EXTENTS;
@@ -1030,7 +907,7 @@ TEST_F(persist, reserved_fields_and_flags_of_a_submit_are_einval)
 	struct pmskb_result r;
 	struct pmskb_submit s = { .ops = PTR(&op), .results = PTR(&r), .nr = 1 };
 
-	s.flags = 1;
+	s.flags = 2;
 	EXPECT_EQ(EINVAL, ERRNO(setsockopt(self->c.s, SOL_PMSKB, PMSKB_PERSIST, &s, sizeof(s))));
 	EXPECT_EQ(EINVAL, ERRNO(ioctl(self->s.fd, PMSKB_IOC_SUBMIT, &s)));
 	s.flags = 0;
