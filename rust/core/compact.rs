@@ -41,6 +41,20 @@ pub struct Compacted {
     pub bytes: u64,
 }
 
+/// Frames that were filled while one record was copied: two extents fill more than one,
+/// so there are no more of them.
+struct Full {
+    frames: [Option<Frame>; 2 * (MAX_MOVED_OBJECT / FRAME_SIZE as u32) as usize + 2],
+    count: usize,
+}
+
+impl Default for Full {
+    fn default() -> Self {
+        let frames = [None; 2 * (MAX_MOVED_OBJECT / FRAME_SIZE as u32) as usize + 2];
+        Full { frames, count: 0 }
+    }
+}
+
 /// What a record frame has in it.
 #[derive(Clone, Copy)]
 struct Gauge {
@@ -248,13 +262,34 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         }
         let extents = scratch.get_mut(..count).ok_or(Error::Invalid)?;
         let mut key = record.key_extent(&self.pm)?;
+        let mut full = Full::default();
         if record.len <= MAX_MOVED_OBJECT {
             for extent in extents.iter_mut().chain(key.iter_mut()) {
                 if self.sparse(*extent) && done.bytes < MAX_MOVE {
-                    self.move_extent(extent, done)?;
+                    self.move_extent(extent, &mut full, done)?;
                 }
             }
         }
+        let copied = self.write_copy(record, key, extents, loc, nonce);
+        // Only now: until the record holds them, nothing else did.
+        for frame in full.frames.into_iter().flatten() {
+            self.frames.unhold(frame, 0)?;
+        }
+        let lines = copied?;
+        done.records += 1;
+        Ok(lines)
+    }
+
+    /// Writes one record, complete, to `loc`, and takes its holds; how many lines it
+    /// has there.
+    fn write_copy(
+        &mut self,
+        record: &Record,
+        key: Option<Extent>,
+        extents: &[Extent],
+        loc: Locator,
+        nonce: u32,
+    ) -> Result<u64> {
         let draft = Draft::again(&self.pm, &self.geo, record, key, extents)?;
         if loc.line() + u64::from(draft.lines) > LINES {
             return Err(Error::Damaged);
@@ -274,25 +309,31 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         self.flush(loc.0, u64::from(draft.lines) * LINE_SIZE)?;
         self.frames
             .hold(Frame::of(loc.frame_off()).ok_or(Error::Damaged)?, 0)?;
-        done.records += 1;
         Ok(draft.lines.into())
     }
 
     /// Copies an extent into a frame that is being filled, durable with the next
     /// fence. It stays where it is if there is no frame.
-    fn move_extent(&mut self, extent: &mut Extent, done: &mut Compacted) -> Result<()> {
+    fn move_extent(
+        &mut self,
+        extent: &mut Extent,
+        full: &mut Full,
+        done: &mut Compacted,
+    ) -> Result<()> {
         let len = u64::from(extent.len);
         let room = self.fill.filter(|(_, used)| FRAME_SIZE - used >= len);
         let (frame, used) = match room {
             Some(fill) => fill,
             None => {
                 let near = self.fill.map(|(frame, _)| frame);
+                let Some(left) = full.frames.get_mut(full.count) else {
+                    return Ok(());
+                };
                 let Some(frame) = self.frames.alloc(near, Need::Reserve) else {
                     return Ok(());
                 };
-                if let Some(full) = near {
-                    self.frames.unhold(full, 0)?;
-                }
+                *left = near;
+                full.count += 1;
                 self.fill = Some((frame, 0));
                 (frame, 0)
             }
