@@ -377,7 +377,7 @@ TEST_F(region, reserved_fields_and_unknown_flags_of_format_are_einval)
 
 TEST_F(region, reserved_fields_and_unknown_flags_of_attach_are_einval)
 {
-	struct pmskb_attach a = { .fd = self->dev, .flags = 1 };
+	struct pmskb_attach a = { .fd = self->dev, .flags = PMSKB_ATTACH_READ_ONLY << 1 };
 
 	ASSERT_EQ(0, dev_format(self->ctl, self->dev, PMSKB_FORMAT_FORCE, 0));
 	EXPECT_EQ(EINVAL, ERRNO(ioctl(self->ctl, PMSKB_IOC_ATTACH, &a)));
@@ -657,7 +657,10 @@ TEST_F(media, a_newer_incompatible_store_is_refused_and_left_alone)
 {
 	uint8_t before[4096], after[4096];
 	struct pmskb_attach a;
+	uint32_t version;
 
+	ASSERT_EQ(0, media_read(self->path, 0, before, sizeof(before)));
+	version = get32(before + SB_VERSION);
 	ASSERT_EQ(0, patch_both(self->path, self->last, SB_VERSION, 99, 4));
 	ASSERT_EQ(0, media_read(self->path, 0, before, sizeof(before)));
 	EXPECT_EQ(-EOPNOTSUPP, dev_attach(self->ctl, self->dev, &a)) TH_LOG("version 99");
@@ -665,7 +668,7 @@ TEST_F(media, a_newer_incompatible_store_is_refused_and_left_alone)
 	EXPECT_EQ(0, memcmp(before, after, sizeof(after)));
 	EXPECT_EQ(-EEXIST, dev_format(self->ctl, self->dev, 0, 0));
 
-	ASSERT_EQ(0, patch_both(self->path, self->last, SB_VERSION, 1, 4));
+	ASSERT_EQ(0, patch_both(self->path, self->last, SB_VERSION, version, 4));
 	ASSERT_EQ(0, patch_both(self->path, self->last, SB_INCOMPAT, 1ULL << 63, 8));
 	EXPECT_EQ(-EOPNOTSUPP, dev_attach(self->ctl, self->dev, &a)) TH_LOG("incompatible feature");
 	ASSERT_EQ(0, patch_both(self->path, self->last, SB_INCOMPAT, 0, 8));
