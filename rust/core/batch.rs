@@ -123,6 +123,44 @@ fn probe<P: Pmem>(pm: &P, sb: &Superblock, off: u64) -> Result<Option<(u64, u64,
     Ok(right.then_some((number, off, count)))
 }
 
+/// What an area is, for a checker.
+pub(super) enum Area {
+    /// Nothing in it is to be done.
+    Dead,
+    /// So many of its words are not where they belong yet.
+    InForce { pending: u32 },
+    /// Its first word was stored, which is the last, and its checksum is wrong.
+    Damaged,
+}
+
+/// Where one of the two areas is.
+pub(super) fn area_off(area: u64) -> u64 {
+    OFF + area % 2 * FRAMES * FRAME_SIZE
+}
+
+/// Looks at one of the two areas.
+pub(super) fn area<P: Pmem>(pm: &P, sb: &Superblock, area: u64) -> Result<Area> {
+    let off = area_off(area);
+    if pm.load(off)? == 0 {
+        return Ok(Area::Dead);
+    }
+    let Some((_, _, count)) = probe(pm, sb, off)? else {
+        return Ok(Area::Damaged);
+    };
+    let mut pending = 0;
+    for index in 0..u64::from(count) {
+        let at = off + LINE_SIZE + index * 16;
+        let (to, word) = (pm.load(at)?, pm.load(at + 8)?);
+        pending += u32::from(belongs(sb, to) && pm.load(to)? != word);
+    }
+    Ok(Area::InForce { pending })
+}
+
+/// Whether a word of a batch may be at an offset.
+fn belongs(sb: &Superblock, to: u64) -> bool {
+    to % 8 == 0 && to >= sb.geometry.data_off && to < sb.geometry.data_end()
+}
+
 /// What [`replay`] did.
 #[derive(Default)]
 pub(super) struct Replayed {
@@ -159,8 +197,7 @@ pub(super) fn replay<P: Pmem>(pm: &P, sb: &Superblock) -> Result<Replayed> {
         for index in 0..u64::from(count) {
             let at = off + LINE_SIZE + index * 16;
             let (to, word) = (pm.load(at)?, pm.load(at + 8)?);
-            let geo = &sb.geometry;
-            if to % 8 == 0 && to >= geo.data_off && to < geo.data_end() && pm.load(to)? != word {
+            if belongs(sb, to) && pm.load(to)? != word {
                 pm.store(to, word)?;
                 pm.flush(to, 8)?;
                 done.words = done.words.saturating_add(1);

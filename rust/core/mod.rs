@@ -25,6 +25,7 @@
 //! | `compact.rs` | moving what is alive out of frames with little in them |
 //! | `recover.rs` | from the records on the media to a store |
 //! | `reader.rs` | lock-free readers of a mapping |
+//! | `check.rs` | the media piece by piece, for a checker |
 //!
 //! Locking: none in here. A [`Store`] has one writer at a time (the host holds a
 //! mutex); [`Reader`]s need no lock. [`FrameTable`] is wrapped in the host's lock.
@@ -45,6 +46,7 @@ macro_rules! broken {
 }
 
 mod batch;
+mod check;
 mod compact;
 mod compose;
 pub mod csum;
@@ -62,6 +64,7 @@ mod superblock;
 mod tree;
 
 pub use self::{
+    check::{AreaState, FrameFound, Inspector, LineFound, ListFrames, RecordFrame},
     compact::Compacted,
     compose::{compose, Composed, Packet, Piece},
     extent::{Extent, Frame, Packer, MAX_EXTENT},

@@ -362,6 +362,16 @@ impl FrameHeader {
         }
     }
 
+    /// Whether what is at `off` and is no header was one, as far as can be told: its
+    /// magic is right, and one of the two things that name store and place.
+    pub(super) fn resembles<P: Pmem>(pm: &P, off: u64, uuid: &[u8; 16]) -> Result<bool> {
+        let mut raw = [0u8; LINE_SIZE as usize];
+        pm.read(off, &mut raw)?;
+        let (place, store) = (get_u64(&raw, 8)? == off, get::<16>(&raw, 24)? == *uuid);
+        let magic = get_u32(&raw, 4)? == FRAME_MAGIC;
+        Ok((magic && (place || store)) || (place && store))
+    }
+
     /// Whether the nonce is the one that this store would have made.
     pub(super) fn check_nonce<P: Pmem>(&self, pm: &P, salt: u64) -> Result<()> {
         let epoch = pm.load(self.off.saturating_add(40))?;

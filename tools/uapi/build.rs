@@ -8,7 +8,7 @@ const HEADER: &str = "../../include/uapi/linux/pmskb.h";
 
 /// Request numbers are expressions with casts, which bindgen does not evaluate
 /// as macros, but does as constants.
-const REQUESTS: [&str; 8] = [
+const REQUESTS: [&str; 10] = [
     "FORMAT",
     "ATTACH",
     "DETACH",
@@ -17,6 +17,8 @@ const REQUESTS: [&str; 8] = [
     "SUBMIT",
     "OPEN",
     "ALLOC",
+    "COMPACT",
+    "SCRUB",
 ];
 
 fn main() {

@@ -39,6 +39,9 @@ pub struct Format {
 pub struct Attach {
     /// /dev/pmemN or /dev/daxN.M
     device: PathBuf,
+    /// Only to be read: nothing is changed, and no socket can be attached
+    #[arg(long)]
+    read_only: bool,
 }
 
 /// Arguments of `detach`.
@@ -87,7 +90,7 @@ pub fn format(a: &Format, json: bool) -> anyhow::Result<ExitCode> {
 /// Attaches a store.
 pub fn attach(a: &Attach, json: bool) -> anyhow::Result<ExitCode> {
     let device = device_path(&a.device);
-    let (minor, uuid) = Control::open()?.attach(&device)?;
+    let (minor, uuid) = Control::open()?.attach(&device, a.read_only)?;
     let uuid = text::uuid(&uuid);
     let node = format!("/dev/pmskb{minor}");
     // udev makes the node, which may take a moment.
@@ -100,10 +103,11 @@ pub fn attach(a: &Attach, json: bool) -> anyhow::Result<ExitCode> {
     if json {
         println!(
             "{}",
-            json!({ "device": device, "store": node, "uuid": uuid })
+            json!({ "device": device, "store": node, "uuid": uuid, "read_only": a.read_only })
         );
     } else {
-        println!("{}: attached as {node}, uuid {uuid}", device.display());
+        let how = if a.read_only { ", read-only" } else { "" };
+        println!("{}: attached as {node}{how}, uuid {uuid}", device.display());
     }
     Ok(ExitCode::SUCCESS)
 }

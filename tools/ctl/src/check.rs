@@ -3,13 +3,11 @@
 //! Checks, and all that is known.
 
 use std::{
-    io::{self, BufWriter, IsTerminal, Write},
+    io::{self, BufWriter, Write},
     process::ExitCode,
-    time::{Duration, Instant},
 };
 
 use clap::Args;
-use indicatif::{ProgressBar, ProgressStyle};
 use pmskb_uapi::{
     catalog::describe,
     core::{Error, Probe, Record, Report, Superblock, Verdict},
@@ -17,7 +15,7 @@ use pmskb_uapi::{
 };
 use serde_json::{json, Value};
 
-use crate::{records, select::Select, source::Source, text};
+use crate::{progress::Progress, records, select::Select, source::Source, text};
 
 /// Arguments of `verify`.
 #[derive(Args)]
@@ -46,9 +44,6 @@ pub struct Dump {
     source: Source,
 }
 
-/// How long a check may take before it shows how far it is.
-const PATIENCE: Duration = Duration::from_secs(2);
-
 /// What a check found.
 #[derive(Default)]
 struct Tally {
@@ -63,26 +58,13 @@ struct Tally {
 /// Checks every record.
 pub fn verify(a: &Verify, json: bool) -> anyhow::Result<ExitCode> {
     let catalog = a.source.open(a.store)?;
-    let started = Instant::now();
     let (_, live_bytes) = catalog.counts().unwrap_or_default();
-    let progress = ProgressBar::hidden();
-    if io::stderr().is_terminal() {
-        let style = "{bar:40} {bytes}/{total_bytes} {binary_bytes_per_sec} {eta}";
-        progress.set_style(ProgressStyle::with_template(style)?);
-        progress.set_length(live_bytes);
-    }
-    let mut shown = !io::stderr().is_terminal();
+    let mut progress = Progress::bytes(live_bytes);
     let mut tally = Tally::default();
     let mut part = vec![0; 1 << 20];
     let mut complain = |what: String, value: Value| {
         tally.problems += 1;
-        progress.suspend(|| {
-            if json {
-                println!("{value}")
-            } else {
-                println!("{what}")
-            }
-        });
+        progress.print(if json { value.to_string() } else { what });
     };
 
     for what in superblock_problems(catalog.probe()) {
@@ -106,10 +88,6 @@ pub fn verify(a: &Verify, json: bool) -> anyhow::Result<ExitCode> {
                 break;
             }
         };
-        if !shown && started.elapsed() > PATIENCE {
-            shown = true;
-            progress.set_draw_target(indicatif::ProgressDrawTarget::stderr());
-        }
         let verdict = record.verify(catalog.media(), catalog.geometry(), &mut part);
         if verdict != Ok(Verdict::Intact) && catalog.still(&record) == Ok(false) {
             tally.replaced += 1;
@@ -117,7 +95,7 @@ pub fn verify(a: &Verify, json: bool) -> anyhow::Result<ExitCode> {
         }
         tally.records += 1;
         tally.bytes += u64::from(record.len);
-        progress.inc(record.len.into());
+        progress.advance(record.len.into());
         let what = match verdict {
             Ok(Verdict::Intact) => {
                 tally.intact += 1;
@@ -135,15 +113,13 @@ pub fn verify(a: &Verify, json: bool) -> anyhow::Result<ExitCode> {
         value["problem"] = what.into();
         let key = key.map_or("(no key)".into(), |k| text::key(&k));
         tally.problems += 1;
-        progress.suspend(|| {
-            if json {
-                println!("{value}");
-            } else {
-                println!("record {} {key}: {what}", record.seq);
-            }
+        progress.print(if json {
+            value.to_string()
+        } else {
+            format!("record {} {key}: {what}", record.seq)
         });
     }
-    progress.finish_and_clear();
+    drop(progress);
     if json {
         println!(
             "{}",
@@ -188,7 +164,7 @@ fn superblock_problems(probe: &Probe) -> Vec<String> {
     problems
 }
 
-fn superblock_error(e: Error) -> &'static str {
+pub fn superblock_error(e: Error) -> &'static str {
     match e {
         Error::NotFormatted => "it is not there",
         Error::Damaged => "its checksum or contents are wrong",
@@ -300,6 +276,7 @@ fn report_value(r: &Report) -> Value {
         "bad_extents": r.bad_extents,
         "unreadable": r.unreadable,
         "superblock_repaired": r.superblock_repaired,
+        "replayed": r.replayed,
         "last_seq": r.last_seq,
     })
 }

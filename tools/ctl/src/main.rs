@@ -7,7 +7,12 @@
 //! | `admin.rs` | format, attach, detach |
 //! | `status.rs` | list, info |
 //! | `records.rs` | ls, get |
+//! | `change.rs` | del, truncate |
+//! | `upkeep.rs` | compact, scrub |
 //! | `check.rs` | verify, dump |
+//! | `fsck.rs` | fsck |
+//! | `examine.rs` | what is on the media, and what is wrong with it |
+//! | `progress.rs` | how far something is, and how it is stopped |
 //! | `source.rs` | where records come from: a store or an image |
 //! | `select.rs` | which records: prefix, time, sequence |
 //! | `text.rs` | numbers, times, keys and flows as people read them |
@@ -20,12 +25,17 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 mod admin;
+mod change;
 mod check;
+mod examine;
+mod fsck;
+mod progress;
 mod records;
 mod select;
 mod source;
 mod status;
 mod text;
+mod upkeep;
 
 /// Makes, attaches and reads pmskb stores.
 ///
@@ -58,6 +68,23 @@ enum Command {
     Ls(records::Ls),
     /// Write an object's bytes
     Get(records::Get),
+    /// Delete records by their keys, or all that filters name
+    ///
+    /// Exit status: 0 done, 1 some had no record (any more), 2 it could not be done.
+    Del(change::Del),
+    /// Remove all records without a key up to a sequence number
+    Truncate(change::Truncate),
+    /// Move what is alive out of frames with little in them
+    Compact(upkeep::Compact),
+    /// Check every record against its checksums, in the kernel
+    ///
+    /// Exit status: 0 all is well, 1 some are bad, 2 it could not be checked.
+    Scrub(upkeep::Scrub),
+    /// Check the media piece by piece, and mend what can be
+    ///
+    /// Exit status, as of fsck(8): 0 all is well, 1 problems were mended, 4 problems
+    /// are left, 8 it could not be done.
+    Fsck(fsck::Fsck),
     /// Check every record against its checksums
     ///
     /// Exit status: 0 all is well, 1 something is wrong, 2 it could not be checked.
@@ -77,6 +104,11 @@ fn main() -> ExitCode {
         Command::Info(a) => status::info(a, json),
         Command::Ls(a) => records::ls(a, json),
         Command::Get(a) => records::get(a, json),
+        Command::Del(a) => change::del(a, json),
+        Command::Truncate(a) => change::truncate(a, json),
+        Command::Compact(a) => upkeep::compact(a, json),
+        Command::Scrub(a) => upkeep::scrub(a, json),
+        Command::Fsck(a) => fsck::fsck(a, json),
         Command::Verify(a) => check::verify(a, json),
         Command::Dump(a) => check::dump(a, json),
     };
@@ -85,7 +117,10 @@ fn main() -> ExitCode {
         Err(e) if is_broken_pipe(&e) => ExitCode::SUCCESS,
         Err(e) => {
             eprintln!("pmskbctl: {e:#}");
-            ExitCode::from(2)
+            ExitCode::from(match args.command {
+                Command::Fsck(_) => fsck::OPERATIONAL,
+                _ => 2,
+            })
         }
     }
 }

@@ -29,6 +29,9 @@ pub struct Ls {
     /// Print keys in hexadecimal digits
     #[arg(long)]
     key_hex: bool,
+    /// Only say how many there are, and how many bytes they have
+    #[arg(long)]
+    count: bool,
     #[command(flatten)]
     select: Select,
     #[command(flatten)]
@@ -94,6 +97,9 @@ pub fn value(record: &Record, key: Option<&[u8]>) -> Value {
 /// Shows records.
 pub fn ls(a: &Ls, json: bool) -> anyhow::Result<ExitCode> {
     let catalog = a.source.open(a.store)?;
+    if a.count {
+        return count(a, &catalog, json);
+    }
     let mut out = BufWriter::new(io::stdout().lock());
     if !json {
         writeln!(
@@ -127,6 +133,27 @@ pub fn ls(a: &Ls, json: bool) -> anyhow::Result<ExitCode> {
         )?;
     }
     out.flush()?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// How many records are meant.
+fn count(a: &Ls, catalog: &Catalog, json: bool) -> anyhow::Result<ExitCode> {
+    let fail = |e| failed("cannot read the records", e);
+    let (records, bytes) = if a.select.is_all() {
+        catalog.counts().map_err(fail)?
+    } else {
+        let (mut records, mut bytes) = (0, 0);
+        for found in a.select.records(catalog) {
+            records += 1;
+            bytes += u64::from(found.map_err(fail)?.0.len);
+        }
+        (records, bytes)
+    };
+    if json {
+        println!("{}", json!({ "records": records, "bytes": bytes }));
+    } else {
+        println!("{} records, {}", text::count(records), text::size(bytes));
+    }
     Ok(ExitCode::SUCCESS)
 }
 

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use pmskb_uapi::{
-    core::{Direction, Record, Result},
+    core::{Record, Result},
     Catalog, Store,
 };
 
@@ -30,6 +30,11 @@ pub struct Source {
 }
 
 impl Source {
+    /// Where the region is in the image: offset and length.
+    pub fn place(&self) -> (Option<u64>, Option<u64>) {
+        (self.offset, self.length)
+    }
+
     /// Opens what is meant.
     pub fn open(&self, store: Option<u32>) -> anyhow::Result<Catalog> {
         match &self.image {
@@ -39,60 +44,35 @@ impl Source {
     }
 }
 
-/// A way through the records: in the order of sequence numbers, or of keys.
-pub struct Walk<'a> {
+/// A way through the log, in the order of sequence numbers or the opposite one.
+pub struct Log<'a> {
     catalog: &'a Catalog,
-    order: Order,
-    direction: Direction,
+    reverse: bool,
     /// Bounds of sequence numbers, both inclusive.
     seqs: (u64, u64),
     at: At,
 }
 
-/// In which order records come.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Order {
-    /// Of sequence numbers.
-    Log,
-    /// Of keys.
-    Keys,
-}
-
 enum At {
     Start,
     Seq(u64),
-    Key(Vec<u8>),
     /// What is left of the log, in memory: it has no way back.
     Back(Vec<Record>),
     End,
 }
 
-impl<'a> Walk<'a> {
+impl<'a> Log<'a> {
     /// Records with a sequence number in `seqs`.
-    pub fn new(catalog: &'a Catalog, order: Order, reverse: bool, seqs: (u64, u64)) -> Self {
-        let direction = if reverse {
-            Direction::Backward
-        } else {
-            Direction::Forward
-        };
+    pub fn new(catalog: &'a Catalog, reverse: bool, seqs: (u64, u64)) -> Self {
         Self {
             catalog,
-            order,
-            direction,
+            reverse,
             seqs,
             at: At::Start,
         }
     }
 
-    fn step(&mut self) -> Result<Option<Record>> {
-        match (self.order, self.direction) {
-            (Order::Log, Direction::Forward) => self.next_of_log(),
-            (Order::Log, Direction::Backward) => self.back_in_log(),
-            (Order::Keys, _) => self.next_of_keys(),
-        }
-    }
-
-    fn next_of_log(&mut self) -> Result<Option<Record>> {
+    fn forward(&mut self) -> Result<Option<Record>> {
         let from = match self.at {
             At::Start => self.seqs.0,
             At::Seq(seq) => seq,
@@ -109,7 +89,7 @@ impl<'a> Walk<'a> {
         Ok(record)
     }
 
-    fn back_in_log(&mut self) -> Result<Option<Record>> {
+    fn back(&mut self) -> Result<Option<Record>> {
         if let At::Start = self.at {
             let all = self.catalog.log(self.seqs.0);
             let all: Result<Vec<_>> = all
@@ -122,33 +102,17 @@ impl<'a> Walk<'a> {
             _ => Ok(None),
         }
     }
-
-    fn next_of_keys(&mut self) -> Result<Option<Record>> {
-        // One that is replaced while its key is read is looked for again.
-        for _ in 0..100 {
-            let (from, inclusive) = match &self.at {
-                At::Start => (None, true),
-                At::Key(key) => (Some(key.as_slice()), false),
-                _ => return Ok(None),
-            };
-            let Some(record) = self.catalog.seek(from, inclusive, self.direction)? else {
-                self.at = At::End;
-                return Ok(None);
-            };
-            if let Some(key) = self.catalog.key(&record)? {
-                self.at = At::Key(key);
-                return Ok(Some(record));
-            }
-        }
-        Err(pmskb_uapi::core::Error::Busy)
-    }
 }
 
-impl Iterator for Walk<'_> {
+impl Iterator for Log<'_> {
     type Item = Result<Record>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        let step = self.step();
+        let step = if self.reverse {
+            self.back()
+        } else {
+            self.forward()
+        };
         if step.is_err() {
             self.at = At::End;
         }

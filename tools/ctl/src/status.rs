@@ -22,7 +22,7 @@ pub struct Info {
 }
 
 /// The block or DAX device below a store, from sysfs.
-fn device_of(minor: u32) -> Option<String> {
+pub fn device_of(minor: u32) -> Option<String> {
     let class = format!("/sys/class/pmskb/pmskb{minor}");
     let name = std::fs::read_to_string(format!("{class}/backing"))
         .ok()

@@ -90,6 +90,24 @@ pub fn size(bytes: u64) -> String {
     }
 }
 
+/// The same of a difference.
+pub fn signed_size(bytes: i128) -> String {
+    let size = size(u64::try_from(bytes.unsigned_abs()).unwrap_or(u64::MAX));
+    if bytes < 0 {
+        format!("-{size}")
+    } else {
+        size
+    }
+}
+
+/// Bytes a second: `64M`, `64M/s`.
+pub fn parse_rate(text: &str) -> Result<u64, String> {
+    match parse_size(text.strip_suffix("/s").unwrap_or(text)) {
+        Ok(0) => Err("at least 1 byte a second".into()),
+        other => other,
+    }
+}
+
 /// A number with its thousands apart.
 pub fn count(n: u64) -> String {
     let digits = n.to_string();
@@ -334,6 +352,9 @@ mod tests {
         assert_eq!(parse_size("0x10"), Ok(16));
         assert!(parse_size("1X").is_err() && parse_size("").is_err());
         assert!(parse_size("99999999999T").is_err());
+        assert_eq!(parse_rate("64K/s"), Ok(64 << 10));
+        assert!(parse_rate("0").is_err() && parse_rate("/s").is_err());
+        assert_eq!(signed_size(-1536), "-1.5 KiB");
         assert_eq!(size(1536), "1.5 KiB");
         assert_eq!(count(1234567), "1,234,567");
         assert_eq!(parse_range("5"), Ok((5, 5)));

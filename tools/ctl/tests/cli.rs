@@ -26,6 +26,11 @@ const OBJECTS: [(&str, &[u8], u64); 4] = [
 
 /// A region with the objects, and where the bytes of the second are.
 fn region() -> (Vec<u8>, u64) {
+    region_with(|_| {})
+}
+
+/// The same, with what `more` adds.
+fn region_with(more: impl FnOnce(&mut Core)) -> (Vec<u8>, u64) {
     let pm = Memory::new(16 << 20);
     let params = FormatParams {
         uuid: [7; 16],
@@ -83,6 +88,8 @@ fn region() -> (Vec<u8>, u64) {
         };
         store.put(&args).unwrap();
     }
+    store.commit().unwrap();
+    more(&mut store);
     store.commit().unwrap();
     let (closed, pm, ..) = store.close();
     closed.unwrap();
@@ -157,6 +164,15 @@ fn records_are_listed_filtered_and_got() {
     );
     let by_key = text(&image, &["ls", "--by-key", "--prefix", "a/"]);
     assert_eq!(keys(&by_key), ["a/1", "a/2"]);
+    let back = ["ls", "--by-key", "--prefix", "a/", "--reverse"];
+    assert_eq!(keys(&text(&image, &back)), ["a/2", "a/1"]);
+    let range = ["ls", "--key-from", "a/2", "--key-to", "c"];
+    assert_eq!(keys(&text(&image, &range)), ["a/2", "b\\x0a"]);
+    let both = [&range[..], &["--by-key", "--reverse"]].concat();
+    assert_eq!(keys(&text(&image, &both)), ["b\\x0a", "a/2"]);
+    assert_eq!(text(&image, &["ls", "--count"]), "4 records, 22 B\n");
+    let count = ["ls", "--count", "--json", "--prefix", "a/"];
+    assert_eq!(text(&image, &count), "{\"records\":2,\"bytes\":18}\n");
     let reversed = text(&image, &["ls", "--by-key", "--reverse"]);
     assert_eq!(keys(&reversed), ["c", "b\\x0a", "a/2", "a/1"]);
     let some = [
@@ -227,5 +243,222 @@ fn the_region_is_found_inside_of_an_nvdimm() {
     assert!(String::from_utf8_lossy(&out.stdout).contains("first superblock"));
     assert!(
         text(&image, &[&["dump", "--json"], &place[..]].concat()).contains("\"uuid\":\"07070707-")
+    );
+}
+
+/// What `fsck` says: its status, its findings by kind and record, its summary.
+fn fsck(image: &Image, words: &[&str]) -> (i32, Vec<(String, Option<u64>)>, serde_json::Value) {
+    let out = run(&image.0, &[&["fsck", "--json"], words].concat());
+    let text = String::from_utf8(out.stdout).unwrap();
+    let mut lines: Vec<serde_json::Value> = text
+        .lines()
+        .map(|l| serde_json::from_str(l).unwrap())
+        .collect();
+    let summary = lines.pop().unwrap_or_default();
+    let found = lines
+        .iter()
+        .map(|l| (l["finding"].as_str().unwrap().to_owned(), l["seq"].as_u64()))
+        .collect();
+    (out.status.code().unwrap(), found, summary)
+}
+
+/// Damages a copy of a region, and checks it: what is found; that nothing is written
+/// without being asked to; what repairing without and with loss leads to; and which
+/// keys are there afterwards.
+fn damaged(
+    name: &str,
+    bytes: &[u8],
+    damage: impl FnOnce(&mut [u8]),
+    found: &[(&str, Option<u64>)],
+    (plain, lossy): (i32, i32),
+    left: &[&str],
+) {
+    let mut bad = bytes.to_vec();
+    damage(&mut bad);
+    assert_ne!(bad, bytes, "{name}");
+    let image = Image::new(name, &bad);
+    let (status, is, _) = fsck(&image, &[]);
+    let right: Vec<_> = found.iter().map(|(k, s)| (k.to_string(), *s)).collect();
+    assert_eq!((status, is), (4, right), "{name}");
+    assert_eq!(std::fs::read(&image.0).unwrap(), bad, "{name}: written to");
+    assert_eq!(fsck(&image, &["--repair"]).0, plain, "{name}");
+    let again = if plain == 1 { 0 } else { lossy };
+    assert_eq!(fsck(&image, &["--repair=records"]).0, again, "{name}");
+    if plain == 1 || lossy == 1 {
+        assert_eq!(fsck(&image, &[]).0, 0, "{name}");
+        text(&image, &["verify"]);
+        assert_eq!(keys(&text(&image, &["ls"])), left, "{name}");
+    }
+}
+
+/// Everything that `dump` says, line by line.
+fn dump(bytes: &[u8]) -> Vec<serde_json::Value> {
+    let image = Image::new("dump", bytes);
+    let text = text(&image, &["dump", "--json"]);
+    let lines = text.lines();
+    lines.map(|l| serde_json::from_str(l).unwrap()).collect()
+}
+
+#[test]
+fn fsck_finds_and_mends() {
+    const ALL: [&str; 4] = ["a/1", "a/2", "b\\x0a", "c"];
+    let (bytes, second) = region();
+    let image = Image::new("clean", &bytes);
+    let (status, found, summary) = fsck(&image, &[]);
+    assert_eq!((status, found.len()), (0, 0));
+    assert_eq!(
+        (&summary["records"], &summary["checked_bytes"]),
+        (&4.into(), &22.into())
+    );
+    assert_eq!(fsck(&image, &["--repair=records"]).0, 0);
+    assert_eq!(std::fs::read(&image.0).unwrap(), bytes);
+
+    let dump = dump(&bytes);
+    let sb = &dump[0]["superblock"];
+    let of = |name: &str| sb[name].as_u64().unwrap() as usize;
+    let last = of("region_len") - 4096;
+    let record = dump[2]["offset"].as_u64().unwrap() as usize;
+    let frame = record / 4096 * 4096;
+    let bit = (of("map_off") + frame / 4096 / 8, 1u8 << (frame / 4096 % 8));
+
+    damaged(
+        "first",
+        &bytes,
+        |b| b[100] ^= 1,
+        &[("superblock", None)],
+        (1, 0),
+        &ALL,
+    );
+    damaged(
+        "last",
+        &bytes,
+        |b| b[last + 300] ^= 1,
+        &[("superblock", None)],
+        (1, 0),
+        &ALL,
+    );
+    damaged(
+        "bytes",
+        &bytes,
+        |b| b[second as usize + 3] ^= 1,
+        &[("checksum", Some(2))],
+        (4, 1),
+        &["a/1", "b\\x0a", "c"],
+    );
+    damaged(
+        "header",
+        &bytes,
+        |b| b[frame + 16] ^= 1,
+        &[("frame_damaged", None)],
+        (4, 1),
+        &[],
+    );
+    damaged(
+        "unmapped",
+        &bytes,
+        |b| b[bit.0] ^= bit.1,
+        &[("frame_unmapped", None)],
+        (1, 0),
+        &ALL,
+    );
+    let frame = second as usize / 4096;
+    let bit = (of("map_off") + frame / 8, 1u8 << (frame % 8));
+    damaged(
+        "mapped",
+        &bytes,
+        |b| b[bit.0] ^= bit.1,
+        &[("frame_other", None)],
+        (1, 0),
+        &ALL,
+    );
+    damaged(
+        "batch",
+        &bytes,
+        |b| b[8192..8208].copy_from_slice(b"\x01\0\0\0PKba\x05\0\0\0\0\0\0\0"),
+        &[("batch_damaged", None)],
+        (1, 0),
+        &ALL,
+    );
+
+    // A torn record cannot be told from one that was never acknowledged.
+    let mut torn = bytes.clone();
+    torn[record + 65] ^= 1;
+    let image = Image::new("torn", &torn);
+    let (status, found, summary) = fsck(&image, &[]);
+    assert_eq!(found, [("line_torn".to_string(), Some(2))]);
+    assert_eq!((status, &summary["torn"]), (0, &1.into()));
+
+    // Only bytes of some records are looked at.
+    let mut bad = bytes.clone();
+    bad[second as usize] ^= 1;
+    let image = Image::new("filter", &bad);
+    assert_eq!(fsck(&image, &["--prefix", "a/"]).0, 4);
+    let (status, _, summary) = fsck(&image, &["--prefix", "c"]);
+    assert_eq!((status, &summary["checked"]), (0, &1.into()));
+
+    let nothing = Image::new("nothing", &vec![0; 16 << 20]);
+    assert_eq!(run(&nothing.0, &["fsck"]).status.code(), Some(8));
+    let mut both = bytes.clone();
+    (both[100], both[last + 100]) = (!both[100], !both[last + 100]);
+    let both = Image::new("both", &both);
+    assert_eq!(run(&both.0, &["fsck", "--repair"]).status.code(), Some(4));
+}
+
+#[test]
+fn fsck_looks_at_extents_and_who_uses_them() {
+    let put = |store: &mut Core, key: &[u8], extents: &[Extent]| {
+        let args = PutArgs {
+            key: Key::Bytes(key),
+            extents,
+            meta: Meta::default(),
+            mode: PutMode::Upsert,
+            if_seq: None,
+        };
+        store.put(&args).unwrap()
+    };
+    // Extents apart from each other, so many that they are in a list.
+    let (bytes, _) = region_with(|store| {
+        let frame = store.frames().alloc(None, pmskb_core::Need::New).unwrap();
+        let apart = |n: u64| Extent::new(frame.off() + 32 * n, 8);
+        let extents: Vec<_> = (0..100).map(apart).collect();
+        put(store, b"many", &extents);
+    });
+    let list = bytes.windows(8).position(|w| &w[4..] == b"PKel").unwrap();
+    const REST: [&str; 4] = ["a/1", "a/2", "b\\x0a", "c"];
+    damaged(
+        "list",
+        &bytes,
+        |b| b[list + 200] ^= 1,
+        &[("extents", Some(5))],
+        (4, 1),
+        &REST,
+    );
+
+    // Bytes of another object may be shared, those of a record not. An older record
+    // with the key does not come back when the damaged one goes.
+    let (bytes, _) = region_with(|store| {
+        let first = store.lookup(b"a/1").unwrap().unwrap();
+        let theirs = store.record(first).unwrap();
+        let extents: Vec<_> = theirs
+            .extents(store.pm(), store.geometry())
+            .map(|e| e.unwrap())
+            .collect();
+        put(store, b"shares", &extents);
+        store.commit().unwrap();
+        put(
+            store,
+            b"c",
+            &[Extent::new(first.0 / 4096 * 4096 + 2048, 100)],
+        );
+    });
+    let image = Image::new("overlap", &bytes);
+    let (status, found, summary) = fsck(&image, &[]);
+    assert_eq!((status, found), (4, vec![("overlap".to_string(), Some(6))]));
+    assert_eq!(summary["shared_bytes"], 5);
+    assert_eq!(fsck(&image, &["--repair=records"]).0, 1);
+    assert_eq!(fsck(&image, &[]).0, 0);
+    assert_eq!(
+        keys(&text(&image, &["ls"])),
+        ["a/1", "a/2", "b\\x0a", "shares"]
     );
 }

@@ -4,7 +4,7 @@
 
 use std::{io, os::fd::RawFd};
 
-use crate::{sys, MAX_OPS};
+use crate::{error, sys, Error, Result, MAX_OPS};
 
 /// A part of what a token holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,7 +43,8 @@ pub enum Mode {
 /// What became of an operation that succeeded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Outcome {
-    /// The record's sequence number; of a release, the number of tokens.
+    /// The record's sequence number; of a release, the number of tokens; of a
+    /// truncation, the sequence number up to which the log is empty.
     pub seq: u64,
     /// It replaces a record with the same key.
     pub replaced: bool,
@@ -59,6 +60,7 @@ pub struct Outcome {
 /// two fences. Reusable; nothing in it is freed by [`clear`](Self::clear).
 #[derive(Debug, Default)]
 pub struct Batch {
+    atomic: bool,
     ops: Vec<Op>,
     exts: Vec<sys::pmskb_ext>,
     keys: Vec<u8>,
@@ -81,6 +83,9 @@ pub struct OpView {
     pub key_extents: Vec<Ext>,
     /// The object, or what is released.
     pub extents: Vec<Ext>,
+    /// With `PMSKB_OP_IF_SEQ` the number that is expected; of a truncation, where
+    /// it ends.
+    pub seq: u64,
 }
 
 #[derive(Debug)]
@@ -93,6 +98,7 @@ struct Op {
     key_len: usize,
     exts: usize,
     nr_exts: usize,
+    seq: u64,
 }
 
 impl Batch {
@@ -111,12 +117,37 @@ impl Batch {
         self.ops.is_empty()
     }
 
-    /// Forgets operations and results.
+    /// Forgets operations and results, and that it was to be atomic.
     pub fn clear(&mut self) {
+        self.atomic = false;
         self.ops.clear();
         self.exts.clear();
         self.keys.clear();
         self.results.clear();
+    }
+
+    /// All of it or nothing, after a crash and for readers: if one operation fails,
+    /// the others' outcome is ECANCELED. It cannot have a truncation, nor more
+    /// than [`MAX_OPS`] operations: E2BIG, and nothing is done.
+    pub fn set_atomic(&mut self) {
+        self.atomic = true;
+    }
+
+    /// Whether it is all or nothing.
+    pub fn is_atomic(&self) -> bool {
+        self.atomic
+    }
+
+    /// Operation `index`, a put or a delete, happens only if the key's record has
+    /// the sequence number `seq`, or, a put with 0, if there is none; else ESTALE.
+    ///
+    /// # Panics
+    ///
+    /// If there is no such operation.
+    pub fn if_seq(&mut self, index: usize, seq: u64) {
+        let op = &mut self.ops[index];
+        op.flags |= sys::PMSKB_OP_IF_SEQ as u16;
+        op.seq = seq;
     }
 
     /// Adds a put of `extents` of `fd`'s tokens, and says which operation it is.
@@ -159,6 +190,7 @@ impl Batch {
             key_len,
             exts,
             nr_exts: extents.len(),
+            seq: 0,
         })
     }
 
@@ -177,6 +209,7 @@ impl Batch {
             key_len: 0,
             exts,
             nr_exts: tokens.len(),
+            seq: 0,
         })
     }
 
@@ -191,6 +224,23 @@ impl Batch {
             key_len: key.len(),
             exts: 0,
             nr_exts: 0,
+            seq: 0,
+        })
+    }
+
+    /// Adds the removal of all records without a key up to a sequence number, which
+    /// counts as the highest in use if it is not in use yet; says which operation it
+    /// is.
+    pub fn truncate(&mut self, seq: u64) -> usize {
+        self.push(Op {
+            opcode: sys::PMSKB_OP_TRUNCATE as u16,
+            flags: 0,
+            fd: -1,
+            key: 0,
+            key_len: 0,
+            exts: 0,
+            nr_exts: 0,
+            seq,
         })
     }
 
@@ -212,6 +262,12 @@ impl Batch {
             csum: u16::from_be(r.csum),
             csum_kind: r.csum_kind,
         })
+    }
+
+    /// As [`outcome`](Self::outcome), with an error for people: `what` was tried.
+    pub fn outcome_of(&self, index: usize, what: impl Into<String>) -> Result<Outcome> {
+        self.outcome(index)
+            .map_err(|e| Error::new(what, e, error::OUTCOME))
     }
 
     /// The operations in it, for stand-ins of a store in tests.
@@ -241,6 +297,7 @@ impl Batch {
                     false => Vec::new(),
                 },
                 extents: exts(op.exts, op.nr_exts),
+                seq: op.seq,
             }
         };
         self.ops.iter().map(view).collect()
@@ -328,7 +385,7 @@ impl Batch {
                 key_len: op.key_len as u32,
                 nr_extents: op.nr_exts as u32,
                 extents,
-                seq: 0,
+                seq: op.seq,
                 reserved: [0; 3],
             });
         }
@@ -337,6 +394,13 @@ impl Batch {
             .resize(self.raw.len(), sys::pmskb_result::default());
         let mut first_error = None;
         let mut start = 0;
+        if self.atomic && self.fitting(0) < self.raw.len() {
+            // In parts it would not be atomic.
+            for r in &mut self.results {
+                r.res = -i64::from(libc::E2BIG);
+            }
+            return Err(io::Error::from_raw_os_error(libc::E2BIG));
+        }
         while start < self.raw.len() {
             let end = start + self.fitting(start);
             let ops = &self.raw[start..end];
@@ -345,7 +409,11 @@ impl Batch {
                 ops: ops.as_ptr() as u64,
                 results: results.as_mut_ptr() as u64,
                 nr: ops.len() as u32,
-                flags: 0,
+                flags: if self.atomic {
+                    sys::PMSKB_SUBMIT_ATOMIC
+                } else {
+                    0
+                },
                 reserved: 0,
             };
             if let Err(e) = call(&mut arg) {
@@ -464,5 +532,51 @@ mod tests {
         assert_eq!(r.unwrap_err().raw_os_error(), Some(libc::ENODEV));
         assert!(b.outcome(MAX_OPS - 1).is_ok());
         assert!(b.outcome(MAX_OPS).is_err());
+    }
+
+    #[test]
+    fn conditions_and_truncation_reach_the_kernel() {
+        let mut b = Batch::new();
+        let put = b.put(3, Key::Bytes(b"k"), &[], Mode::Upsert, false);
+        b.if_seq(put, 0);
+        let delete = b.delete(b"k");
+        b.if_seq(delete, 7);
+        b.truncate(9);
+        let mut seen = Vec::new();
+        b.submit_with(|s| {
+            // SAFETY: submit_with describes its own arrays.
+            let ops = unsafe { read::<sys::pmskb_op>(s.ops, s.nr) };
+            seen = ops.iter().map(|op| (op.opcode, op.flags, op.seq)).collect();
+            assert_eq!(s.flags, 0);
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!(seen, [(1, 16, 0), (2, 16, 7), (4, 0, 9)]);
+    }
+
+    #[test]
+    fn an_atomic_batch_is_never_split() {
+        let mut b = Batch::new();
+        b.set_atomic();
+        for _ in 0..MAX_OPS {
+            b.delete(b"k");
+        }
+        let mut calls = 0;
+        let mut count = |s: &mut sys::pmskb_submit| {
+            calls += 1;
+            assert_eq!((s.nr as usize, s.flags), (MAX_OPS, 1));
+            Ok(())
+        };
+        b.submit_with(&mut count).unwrap();
+        b.delete(b"k");
+        let e = b.submit_with(&mut count).unwrap_err();
+        assert_eq!(calls, 1, "nothing is done of one that is too long");
+        assert_eq!(e.raw_os_error(), Some(libc::E2BIG));
+        for index in [0, MAX_OPS] {
+            let e = b.outcome_of(index, "cannot delete").unwrap_err();
+            assert_eq!(e.errno(), libc::E2BIG);
+        }
+        b.clear();
+        assert!(!b.is_atomic());
     }
 }

@@ -2,7 +2,10 @@
 
 //! The records of an attached store, or of an image of a region.
 
-use std::path::{Path, PathBuf};
+use std::{
+    ops::Bound,
+    path::{Path, PathBuf},
+};
 
 use pmskb_core::{
     self as core,
@@ -10,7 +13,10 @@ use pmskb_core::{
     probe, Direction, Geometry, Pmem, Probe, Reader, Record, RecoverOptions, Report, Superblock,
 };
 
-use crate::{Media, Store};
+use crate::{
+    media::{Media, Part},
+    Store,
+};
 
 /// Why records cannot be read.
 #[derive(Debug, thiserror::Error)]
@@ -186,30 +192,54 @@ impl Catalog {
         prefix: &'a [u8],
         after: Option<&[u8]>,
     ) -> impl Iterator<Item = core::Result<(Vec<u8>, Record)>> + 'a {
-        let (mut at, mut inclusive) = match after {
-            Some(after) if after >= prefix => (Some(after.to_vec()), false),
-            _ => (Some(prefix.to_vec()), true),
+        let from = match after {
+            Some(after) if after >= prefix => Bound::Excluded(after.to_vec()),
+            _ => Bound::Included(prefix.to_vec()),
         };
+        self.range(from, end_of(prefix), Direction::Forward)
+    }
+
+    /// All records with a key in a range, in key order or the opposite one. The end
+    /// is not included.
+    pub fn range(
+        &self,
+        from: Bound<Vec<u8>>,
+        to: Option<Vec<u8>>,
+        direction: Direction,
+    ) -> impl Iterator<Item = core::Result<(Vec<u8>, Record)>> + '_ {
+        let within = move |key: &[u8], to: Option<&Vec<u8>>, from: &Bound<Vec<u8>>| {
+            to.is_none_or(|to| key < to.as_slice())
+                && match from {
+                    Bound::Included(from) => key >= from.as_slice(),
+                    Bound::Excluded(from) => key > from.as_slice(),
+                    Bound::Unbounded => true,
+                }
+        };
+        // Where to seek next: a key, and whether it counts itself.
+        let mut at = Some(match (direction, &from, &to) {
+            (Direction::Forward, Bound::Included(from), _) => (Some(from.clone()), true),
+            (Direction::Forward, Bound::Excluded(from), _) => (Some(from.clone()), false),
+            (Direction::Backward, _, Some(to)) => (Some(to.clone()), false),
+            _ => (None, true),
+        });
         std::iter::from_fn(move || {
-            let from = at.take()?;
+            let (key, inclusive) = at.take()?;
             let step = || -> core::Result<Option<(Vec<u8>, Record)>> {
                 // A record that is replaced while its key is read is looked for
                 // again.
                 for _ in 0..TRIES {
-                    let Some(record) = self.seek(Some(&from), inclusive, Direction::Forward)?
-                    else {
+                    let Some(record) = self.seek(key.as_deref(), inclusive, direction)? else {
                         return Ok(None);
                     };
                     if let Some(key) = self.key(&record)? {
-                        return Ok(key.starts_with(prefix).then_some((key, record)));
+                        return Ok(within(&key, to.as_ref(), &from).then_some((key, record)));
                     }
                 }
                 Err(core::Error::Busy)
             };
             let found = step();
-            inclusive = false;
             if let Ok(Some((key, _))) = &found {
-                at = Some(key.clone());
+                at = Some((Some(key.clone()), false));
             }
             found.transpose()
         })
@@ -308,6 +338,18 @@ impl Catalog {
     }
 }
 
+/// The first key behind all that start with `prefix`, if there is one.
+pub fn end_of(prefix: &[u8]) -> Option<Vec<u8>> {
+    let mut end = prefix.to_vec();
+    while let Some(last) = end.pop() {
+        if let Some(next) = last.checked_add(1) {
+            end.push(next);
+            return Some(end);
+        }
+    }
+    None
+}
+
 fn retry<T>(mut f: impl FnMut() -> core::Result<T>) -> core::Result<T> {
     for _ in 0..TRIES {
         match f() {
@@ -318,15 +360,16 @@ fn retry<T>(mut f: impl FnMut() -> core::Result<T>) -> core::Result<T> {
     Err(core::Error::Busy)
 }
 
-/// Finds the region in an image.
+/// Finds the region in an image, and its superblock. It is at `place` (offset and
+/// length), or is looked for.
 ///
 /// The first superblock is looked for at each frame: on a raw NVDIMM the region
 /// starts behind the namespace's own data.
-fn find(
-    file: &Media,
+pub fn find<M: Part>(
+    file: &M,
     (offset, length): (Option<u64>, Option<u64>),
-) -> core::Result<(Media, Probe)> {
-    let at = |offset: u64| -> core::Result<(Media, Probe)> {
+) -> core::Result<(M, Probe)> {
+    let at = |offset: u64| -> core::Result<(M, Probe)> {
         let rest = file.len().saturating_sub(offset);
         let part = file
             .part(offset, length.unwrap_or(rest))
@@ -349,8 +392,23 @@ fn find(
                 second_best.get_or_insert(found);
             }
             Err(e @ core::Error::Version) => other = e,
+            // Where a region is most likely to start.
+            Err(e @ (core::Error::Damaged | core::Error::Io)) if offset == 0 => other = e,
             Err(_) => {}
         }
     }
     second_best.ok_or(other)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::end_of;
+
+    #[test]
+    fn the_end_of_a_prefix_is_the_next_key_without_it() {
+        assert_eq!(end_of(b"a/"), Some(b"a0".to_vec()));
+        assert_eq!(end_of(b"a\xff\xff"), Some(b"b".to_vec()));
+        assert_eq!(end_of(b"\xff"), None);
+        assert_eq!(end_of(b""), None);
+    }
 }

@@ -76,11 +76,17 @@ impl Control {
         Ok(arg.uuid)
     }
 
-    /// Attaches `device`'s store. Returns N of `/dev/pmskbN`, and the uuid.
-    pub fn attach(&self, device: &Path) -> Result<(u32, [u8; 16])> {
+    /// Attaches `device`'s store, so that it can only be read if `read_only`. Returns
+    /// N of `/dev/pmskbN`, and the uuid.
+    pub fn attach(&self, device: &Path, read_only: bool) -> Result<(u32, [u8; 16])> {
         let region = open_region(device)?;
         let mut arg = sys::pmskb_attach {
             fd: region.as_raw_fd(),
+            flags: if read_only {
+                sys::PMSKB_ATTACH_READ_ONLY
+            } else {
+                0
+            },
             ..Default::default()
         };
         // SAFETY: the request takes a struct pmskb_attach, which `arg` is.

@@ -174,16 +174,15 @@ pub(crate) const FORMAT: &[(i32, &str)] = device_hints!(
     ),
 );
 
-pub(crate) const ATTACH: &[(i32, &str)] =
-    device_hints!(
+pub(crate) const ATTACH: &[(i32, &str)] = device_hints!(
     (libc::EEXIST, "a store with this uuid is attached already (`pmskbctl list` tells)"),
     (libc::EADDRINUSE, "a store with this uuid is attached already (`pmskbctl list` tells)"),
     (libc::ENFILE, "too many stores are attached"),
     (libc::EMEDIUMTYPE, "the region holds no store: `pmskbctl format DEVICE` makes one"),
     (
         libc::EUCLEAN,
-        "the store is damaged; nothing was changed. `pmskbctl dump --image DEVICE` shows what can \
-         still be read",
+        "the store is damaged; nothing was changed. `pmskbctl fsck --image DEVICE` says where, and \
+         with --repair mends what can be",
     ),
     (
         libc::EOPNOTSUPP,
@@ -228,10 +227,77 @@ pub(crate) const ATTACH_SOCKET: &[(i32, &str)] = &[
         libc::EIO,
         "the store's device is gone or failing: see the kernel log",
     ),
+    (
+        libc::EROFS,
+        "the store may only be read: detach it, and attach it without --read-only",
+    ),
 ];
 
 pub(crate) const SUBMIT: &[(i32, &str)] = &[
     (libc::ENODEV, "the store was detached"),
+    (libc::EROFS, READ_ONLY),
+    (libc::EACCES, NOT_WRITABLE),
+    (
+        libc::E2BIG,
+        "an atomic array has at most 1024 operations and 262144 extents; make it smaller",
+    ),
+    (
+        libc::EIO,
+        "the store's device is gone or failing: see the kernel log",
+    ),
+];
+
+const READ_ONLY: &str = "the store may only be read: it was attached with --read-only, or a \
+    write failed (see the kernel log); detach it, and attach it again";
+
+const NOT_WRITABLE: &str = "the device node is open for reading only: its owner and mode decide \
+    who may change the store";
+
+/// Of one operation.
+pub(crate) const OUTCOME: &[(i32, &str)] = &[
+    (
+        libc::ENOENT,
+        "`pmskbctl ls` shows the records that are there",
+    ),
+    (
+        libc::EEXIST,
+        "the key has a record: leave out the condition to replace it",
+    ),
+    (
+        libc::ESTALE,
+        "the key's record has another sequence number by now (`pmskbctl ls` shows it), or a token \
+         was given back already",
+    ),
+    (
+        libc::ECANCELED,
+        "another operation of the atomic array failed, so nothing of it was done",
+    ),
+    (
+        libc::ENOSPC,
+        "the store is full: delete records, or `pmskbctl compact` it",
+    ),
+    (libc::EROFS, READ_ONLY),
+    (libc::EACCES, NOT_WRITABLE),
+    (libc::ENAMETOOLONG, "a key has at most 1024 bytes"),
+    (libc::EFBIG, "an object has at most 1 GiB"),
+    (
+        libc::EIO,
+        "the store's device is gone or failing: see the kernel log",
+    ),
+];
+
+pub(crate) const UPKEEP: &[(i32, &str)] = &[
+    (libc::ENODEV, "the store was detached"),
+    (
+        libc::ENOTTY,
+        "this is not a store's device node, or the module is an older one",
+    ),
+    (libc::EROFS, READ_ONLY),
+    (libc::EACCES, NOT_WRITABLE),
+    (
+        libc::ENOSPC,
+        "there is no free frame to move anything to: delete something first",
+    ),
     (
         libc::EIO,
         "the store's device is gone or failing: see the kernel log",

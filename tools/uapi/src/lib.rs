@@ -12,6 +12,7 @@
 //! | [`batch`] | an array of operations and their results |
 //! | [`map`] | the read-only mapping of a store |
 //! | [`media`] | a region's bytes, live or from an image, for the core to read |
+//! | [`direct`] | the same by read and write calls, to be checked and mended |
 //! | [`catalog`] | the records of a store or an image |
 //! | [`error`] | what went wrong, and what to do next |
 //! | [`sys`] | the header itself, by bindgen |
@@ -26,6 +27,7 @@ pub mod batch;
 pub mod buffer;
 pub mod catalog;
 pub mod control;
+pub mod direct;
 pub mod error;
 pub mod map;
 pub mod media;
@@ -38,13 +40,14 @@ pub use batch::{Batch, Ext, Key, Mode, OpView, Outcome};
 pub use buffer::Buffer;
 pub use catalog::Catalog;
 pub use control::{Control, FormatOptions};
+pub use direct::Direct;
 pub use error::{Error, Result};
 pub use map::Mapping;
 pub use media::Media;
 pub use object::Object;
 pub use pmskb_core as core;
 pub use socket::{Desc, RecvBuffer, RxMode};
-pub use store::{Counters, Store, StoreInfo};
+pub use store::{Compacted, Counters, Scrubbed, Store, StoreInfo};
 
 /// Size of a frame, bytes.
 pub const FRAME_SIZE: u64 = sys::PMSKB_FRAME_SIZE as u64;

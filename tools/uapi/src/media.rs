@@ -19,6 +19,12 @@ use pmskb_core::{Error, Pmem};
 
 use crate::Mapping;
 
+/// What regions are looked for in.
+pub trait Part: Pmem + Sized {
+    /// A part of it, as a region of its own.
+    fn part(&self, offset: u64, len: u64) -> Option<Self>;
+}
+
 /// A region, or a part of an image that may be one. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Media {
@@ -81,17 +87,6 @@ impl Media {
         })
     }
 
-    /// A part of it, as a region of its own.
-    pub fn part(&self, offset: u64, len: u64) -> Option<Self> {
-        let end = offset.checked_add(len)?;
-        (end <= self.len).then(|| Self {
-            bytes: self.bytes.clone(),
-            offset: self.offset + offset,
-            len,
-            hole: 0..0,
-        })
-    }
-
     /// Address of byte `off`, if `len` bytes from there may be touched.
     fn at(&self, off: u64, len: u64) -> Result<NonNull<u8>, Error> {
         let end = off.checked_add(len).ok_or(Error::Invalid)?;
@@ -125,6 +120,18 @@ impl Media {
     unsafe fn byte(&self, at: NonNull<u8>, index: usize) -> &AtomicU8 {
         // SAFETY: as promised by the caller, within the mapping.
         unsafe { AtomicU8::from_ptr(at.add(index).as_ptr()) }
+    }
+}
+
+impl Part for Media {
+    fn part(&self, offset: u64, len: u64) -> Option<Self> {
+        let end = offset.checked_add(len)?;
+        (end <= self.len).then(|| Self {
+            bytes: self.bytes.clone(),
+            offset: self.offset + offset,
+            len,
+            hole: 0..0,
+        })
     }
 }
 

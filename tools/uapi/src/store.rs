@@ -25,6 +25,35 @@ pub struct StoreInfo {
     pub raw: sys::pmskb_store_info,
 }
 
+/// What a call of [`Store::compact`] did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Compacted {
+    /// Where to go on; `None` at the end of the log.
+    pub next: Option<u64>,
+    /// Records moved.
+    pub records: u64,
+    /// Their payload bytes.
+    pub bytes: u64,
+}
+
+/// What a call of [`Store::scrub`] did.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Scrubbed {
+    /// Sequence number to go on with; `None` at the end of the log.
+    pub next: Option<u64>,
+    /// Records checked.
+    pub records: u64,
+    /// Payload bytes read.
+    pub bytes: u64,
+    /// Sequence numbers of bad records, and what is wrong with them: EBADMSG their
+    /// bytes have another checksum, EIO the media cannot be read, EUCLEAN their
+    /// extents are damaged.
+    pub bad: Vec<(u64, i32)>,
+}
+
+/// Bad records that one call of [`Store::scrub`] can tell of.
+const SCRUB_BAD: usize = 256;
+
 /// Names of the reasons why a packet was not placed, by `enum pmskb_unplaced`.
 pub const UNPLACED: [(&str, usize); 6] = [
     ("no_frame", sys::PMSKB_UNPLACED_NO_FRAME as usize),
@@ -210,6 +239,54 @@ impl Store {
                 Err(Error::new(what, e, error::OPEN_RECORD))
             }
         }
+    }
+
+    /// Moves what is alive out of frames with little in them, in at most `steps`
+    /// steps (0: 16), from the place on that the call before said, 0 at first. Each
+    /// step is whole after a crash; EINTR if a signal came before the first.
+    pub fn compact(&self, from: u64, steps: u32) -> Result<Compacted> {
+        let mut arg = sys::pmskb_compact {
+            from,
+            steps,
+            ..Default::default()
+        };
+        // SAFETY: the request takes a struct pmskb_compact, which `arg` is.
+        unsafe { self.ioctl(sys::IOC_COMPACT, std::ptr::from_mut(&mut arg)) }.map_err(|e| {
+            let what = format!("cannot compact {}", self.path.display());
+            Error::new(what, e, error::UPKEEP)
+        })?;
+        Ok(Compacted {
+            next: (arg.done == 0).then_some(arg.from),
+            records: arg.records,
+            bytes: arg.bytes,
+        })
+    }
+
+    /// Checks about `max_bytes` (0: 4 MiB) of records against their checksums, in
+    /// the order of their sequence numbers, from `from` on. EINTR if a signal came
+    /// before anything was checked.
+    pub fn scrub(&self, from: u64, max_bytes: u64) -> Result<Scrubbed> {
+        let mut bad = vec![sys::pmskb_scrub_bad::default(); SCRUB_BAD];
+        let mut arg = sys::pmskb_scrub {
+            from,
+            max_bytes,
+            bad: bad.as_mut_ptr() as u64,
+            nr_bad: SCRUB_BAD as u32,
+            ..Default::default()
+        };
+        // SAFETY: the request takes a struct pmskb_scrub, which `arg` is, and fills at
+        // most as many elements of `bad` as that has.
+        unsafe { self.ioctl(sys::IOC_SCRUB, std::ptr::from_mut(&mut arg)) }.map_err(|e| {
+            let what = format!("cannot scrub {}", self.path.display());
+            Error::new(what, e, error::UPKEEP)
+        })?;
+        let bad = bad.iter().take(arg.nr_bad as usize);
+        Ok(Scrubbed {
+            next: (arg.done == 0).then_some(arg.from),
+            records: arg.records,
+            bytes: arg.bytes,
+            bad: bad.map(|b| (b.seq, b.error)).collect(),
+        })
     }
 
     /// # Safety
