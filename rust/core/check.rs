@@ -8,7 +8,9 @@
 //! memory.
 
 use super::batch::{self, Area};
-use super::record::{kill_word, parse, read_dead, FrameHeader, Line, Lists, Locator, Record, LINES};
+use super::record::{
+    kill_word, parse, read_dead, FrameHeader, Line, Lists, Locator, Record, LINES,
+};
 use super::superblock::{probe, Geometry, Probe, Superblock};
 use super::{Error, Frame, Pmem, Result, LINE_SIZE};
 
@@ -236,7 +238,8 @@ impl<P: Pmem> Inspector<P> {
         self.sb.geometry.check_frame(frame.off())?;
         let (at, bit) = self.sb.geometry.map_bit(frame);
         let word = self.pm.load(at)?;
-        self.pm.store(at, if on { word | bit } else { word & !bit })?;
+        self.pm
+            .store(at, if on { word | bit } else { word & !bit })?;
         self.pm.flush(at, 8)
     }
 

@@ -233,8 +233,11 @@ impl Conn {
                 Ok(true)
             }
             State::Ready(request) => {
-                let is_put = matches!(request.ask, Ask::Put { .. } | Ask::Refuse { .. });
-                if !is_put && self.queue.pending() > 0 {
+                let changes = matches!(
+                    request.ask,
+                    Ask::Put { .. } | Ask::Delete { .. } | Ask::Refuse { .. }
+                );
+                if !changes && self.queue.pending() > 0 {
                     return Ok(false);
                 }
                 if let State::Ready(request) = std::mem::replace(&mut self.state, State::Head) {
@@ -283,6 +286,14 @@ impl Conn {
         let keep_alive = request.keep_alive;
         match &request.ask {
             Ask::Put { key, mode } => self.put(key, *mode, &request.body, keep_alive, batch),
+            Ask::Delete { key, mode } => {
+                let op = batch.delete(key);
+                if let Condition::Seq(seq) = mode {
+                    batch.if_seq(op, *seq);
+                }
+                let conditional = *mode != Condition::Always;
+                self.queue.push_pending_delete(op, conditional, keep_alive);
+            }
             Ask::Get {
                 key,
                 head,
@@ -326,10 +337,11 @@ impl Conn {
         keep_alive: bool,
         batch: &mut Batch,
     ) {
-        let mode = match mode {
-            Condition::Always => Mode::Upsert,
-            Condition::New => Mode::Create,
-            Condition::Old => Mode::Replace,
+        let (mode, if_seq) = match mode {
+            Condition::Always => (Mode::Upsert, None),
+            Condition::New => (Mode::Create, None),
+            Condition::Old => (Mode::Replace, None),
+            Condition::Seq(seq) => (Mode::Upsert, Some(seq)),
         };
         let extents: Vec<_> = body.iter().map(|piece| self.view.ext(piece)).collect();
         // Tokens are kept here and released behind the puts of the batch: the
@@ -341,6 +353,9 @@ impl Conn {
             }
             KeyPlace::Memory(bytes) => batch.put(self.fd, Key::Bytes(bytes), &extents, mode, true),
         };
+        if let Some(seq) = if_seq {
+            batch.if_seq(op, seq);
+        }
         if let KeyPlace::Packet(piece, _) = key {
             self.view.settle(piece);
         }

@@ -113,7 +113,8 @@ impl Store for Fake {
         self.submits += 1;
         let mut outcomes = Vec::new();
         for op in batch.ops() {
-            assert_eq!(op.fd, 7);
+            let any = op.opcode == sys::PMSKB_OP_DELETE;
+            assert_eq!(op.fd, if any { -1 } else { 7 });
             if op.opcode == sys::PMSKB_OP_RELEASE {
                 for ext in &op.extents {
                     let token = self.tokens.get_mut(&ext.token).unwrap();
@@ -129,11 +130,37 @@ impl Store for Fake {
                 }));
                 continue;
             }
+            // What IF_SEQ asks for: 0 is no record.
+            let stale = |records: &BTreeMap<Vec<u8>, Found>, key: &[u8]| {
+                op.flags & sys::PMSKB_OP_IF_SEQ != 0
+                    && records.get(key).map_or(0, |f| f.seq) != op.seq
+            };
+            if op.opcode == sys::PMSKB_OP_DELETE {
+                assert!((1..=1024).contains(&op.key.len()));
+                let done = match self.records.get(&op.key) {
+                    None => Err(io::Error::from_raw_os_error(2)),
+                    Some(_) if stale(&self.records, &op.key) => {
+                        Err(io::Error::from_raw_os_error(116))
+                    }
+                    Some(found) => Ok(Outcome {
+                        seq: found.seq,
+                        replaced: false,
+                        copied: false,
+                        csum: 0,
+                        csum_kind: 0,
+                    }),
+                };
+                if done.is_ok() {
+                    self.records.remove(&op.key);
+                }
+                outcomes.push(done);
+                continue;
+            }
             assert_eq!(op.opcode, sys::PMSKB_OP_PUT);
             self.puts += 1;
             let extents: Vec<_> = op.extents.iter().map(|e| self.place(e)).collect();
             let key = if op.key_extents.is_empty() {
-                op.key
+                op.key.clone()
             } else {
                 self.keys_in_packets += 1;
                 let places: Vec<_> = op.key_extents.iter().map(|e| self.place(e)).collect();
@@ -146,6 +173,14 @@ impl Store for Fake {
             }
             if op.flags & sys::PMSKB_OP_CREATE != 0 && self.records.contains_key(&key) {
                 outcomes.push(Err(io::Error::from_raw_os_error(17)));
+                continue;
+            }
+            if op.flags & sys::PMSKB_OP_REPLACE != 0 && !self.records.contains_key(&key) {
+                outcomes.push(Err(io::Error::from_raw_os_error(2)));
+                continue;
+            }
+            if stale(&self.records, &key) {
+                outcomes.push(Err(io::Error::from_raw_os_error(116)));
                 continue;
             }
             self.seq += 1;
@@ -510,12 +545,85 @@ fn conditions() {
     world.packets(&[(&put("If-None-Match: \"1\""), 0)]);
     assert_eq!(world.statuses(), [201, 412, 412]);
     assert_eq!(world.store.held(), 0);
+    // The record is 1, then 2, then 3.
+    world.out.clear();
+    for (field, status) in [
+        ("If-Match: \"1\"", 200),
+        ("If-Match: \"1\"", 412),
+        ("If-Match: \"2\", \"other\"", 200),
+        ("If-Match: W/\"3\"", 412),
+        ("If-Match: \"3\", \"4\"", 412),
+        ("If-Match: \"0\"", 412),
+        ("If-Match: \"03\"", 412),
+        ("If-Match: 3", 412),
+        ("If-Match: *", 200),
+    ] {
+        world.out.clear();
+        world.packets(&[(&put(field), 0)]);
+        assert_eq!(world.statuses(), [status], "{field}");
+    }
+    world.store.records.clear();
+    for field in ["If-Match: *", "If-Match: \"4\""] {
+        world.out.clear();
+        world.packets(&[(&put(field), 0)]);
+        assert_eq!(world.statuses(), [412], "{field}");
+    }
+    assert_eq!(world.store.held(), 0);
+}
+
+fn delete(key: &str, field: &str) -> Vec<u8> {
+    format!("DELETE /{key} HTTP/1.1\r\nHost: h\r\n{field}\r\n").into_bytes()
+}
+
+#[test]
+fn objects_are_deleted() {
+    let mut world = World::new();
+    let all = [
+        put("a%20b", b"one"),
+        delete("a%20b", ""),
+        delete("a%20b", ""),
+        put("a%20b", b"two"),
+        get("a%20b"),
+    ];
+    world.packets(&[(&all.concat(), 0)]);
+    assert_eq!(world.statuses(), [201, 204, 404, 201, 200]);
+    assert_eq!(world.replies()[4].1, b"two");
+    assert_eq!(
+        world.store.submits, 1,
+        "puts and deletes share a submission"
+    );
+    let text = String::from_utf8(world.out.clone()).unwrap();
+    let head = text.split("\r\n\r\n").nth(1).unwrap();
+    assert!(head.starts_with("HTTP/1.1 204 No Content\r\n"), "{head}");
+    assert!(!head.contains("Content-Length"), "{head}");
+
+    for (field, status) in [
+        ("If-None-Match: *\r\n", 412),
+        ("If-Match: \"1\"\r\n", 412),
+        ("If-Match: \"2\"\r\n", 204),
+        ("If-Match: \"2\"\r\n", 412),
+        ("If-Match: *\r\n", 412),
+        ("Content-Length: 3\r\n", 400),
+    ] {
+        world.out.clear();
+        let body: &[u8] = if status == 400 { b"xyz" } else { b"" };
+        let request = match status {
+            400 => [&delete("", field)[..], body].concat(),
+            _ => delete("a%20b", field),
+        };
+        world.packets(&[(&request, 0)]);
+        assert_eq!(world.statuses(), [status], "{field}");
+    }
+    assert_eq!(world.store.held(), 0);
+    // A body is read over.
+    let request = [&delete("a", "Content-Length: 3\r\n")[..], b"xyz"].concat();
+    assert_eq!(answer(&[request, get("a")].concat()), [404, 404]);
 }
 
 #[test]
 fn what_cannot_be_done_is_refused_and_the_next_request_served() {
     for (request, status) in [
-        ("DELETE /a HTTP/1.1\r\nHost: h\r\n\r\n", 405),
+        ("DELETE /a HTTP/1.1\r\nHost: h\r\n\r\n", 404),
         (
             "PATCH /a HTTP/1.1\r\nHost: h\r\nContent-Length: 3\r\n\r\nabc",
             405,
@@ -597,7 +705,7 @@ fn a_body_is_waited_for_if_the_client_waits() {
     world.packets(&[(format!("{head}ab").as_bytes(), 0)]);
     assert_eq!(world.statuses(), [100, 201, 200]);
     // It is not wanted.
-    world.packets(&[(head.replace("PUT", "DELETE").as_bytes(), 0)]);
+    world.packets(&[(head.replace("PUT", "PATCH").as_bytes(), 0)]);
     assert_eq!(world.statuses(), [100, 201, 200, 405]);
     assert!(world.shut);
     let large = head.replace(" 2\r", " 2000000\r");

@@ -39,8 +39,8 @@ mod view;
 /// Serves a pmskb store over HTTP/1.1.
 ///
 /// PUT or POST /KEY makes the body durable where it was received, and answers 201
-/// (200 if it replaces another) when it is. GET /KEY sends it, GET /?prefix=P lists
-/// keys.
+/// (200 if it replaces another) when it is. GET /KEY sends it, DELETE /KEY removes it,
+/// GET /?prefix=P lists keys.
 #[derive(Parser)]
 #[command(version)]
 struct Args {

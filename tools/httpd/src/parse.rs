@@ -29,6 +29,13 @@ pub enum Ask {
         /// Which records may or must be there already.
         mode: Condition,
     },
+    /// Remove an object.
+    Delete {
+        /// Its key.
+        key: Vec<u8>,
+        /// Which record must be there.
+        mode: Condition,
+    },
     /// An object.
     Get {
         /// Its key.
@@ -78,7 +85,7 @@ impl KeyPlace {
     }
 }
 
-/// On which condition a put happens.
+/// On which condition a put or a delete happens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Condition {
     /// On none.
@@ -87,6 +94,8 @@ pub enum Condition {
     New,
     /// `If-Match: *`
     Old,
+    /// `If-Match: "N"`: the record with this sequence number.
+    Seq(u64),
 }
 
 /// A byte range.
@@ -260,7 +269,8 @@ fn parse_head(
             piece_at(start + path.start + 1, raw_key.len())
         }),
         "GET" | "HEAD" => get(raw_key, query, &fields, method == "HEAD"),
-        "DELETE" | "PATCH" | "OPTIONS" | "TRACE" | "CONNECT" => Err(Refusal(405)),
+        "DELETE" => delete(raw_key, query, &fields),
+        "PATCH" | "OPTIONS" | "TRACE" | "CONNECT" => Err(Refusal(405)),
         _ => Err(Refusal(501)),
     };
     let ask = ask.or_else(|refusal| match refusal.0 {
@@ -326,12 +336,43 @@ fn put(
     let mode = match (fields.none_match, fields.matches) {
         (None, None) => Condition::Always,
         (Some(b"*"), None) => Condition::New,
-        (None, Some(b"*")) => Condition::Old,
-        // A tag: that it is still the record's cannot be checked together with
-        // the put.
+        (None, Some(tags)) => if_match(tags)?,
+        // That the record's tag is another one cannot be checked together with the
+        // put.
         _ => return Err(Refusal(412)),
     };
     Ok(Ask::Put { key, mode })
+}
+
+fn delete(raw: &[u8], query: Option<&[u8]>, fields: &Fields<'_>) -> Result<Ask, Refusal> {
+    if raw.is_empty() || query.is_some() {
+        return Err(Refusal(400));
+    }
+    let mode = match (fields.none_match, fields.matches) {
+        (None, None) => Condition::Always,
+        (None, Some(tags)) => if_match(tags)?,
+        _ => return Err(Refusal(412)),
+    };
+    let key = decode_key(raw)?;
+    Ok(Ask::Delete { key, mode })
+}
+
+/// `If-Match:`. A tag that is none of this server's, or weak, is no record's
+/// (RFC 9110, 13.1.1); of several only one can be asked for.
+fn if_match(tags: &[u8]) -> Result<Condition, Refusal> {
+    if tags == b"*" {
+        return Ok(Condition::Old);
+    }
+    let seq = |tag: &[u8]| {
+        let digits = tag.trim_ascii().strip_prefix(b"\"")?.strip_suffix(b"\"")?;
+        let canonical = digits.first().is_some_and(|d| *d != b'0');
+        number(digits).filter(|_| canonical)
+    };
+    let mut seqs = tags.split(|&b| b == b',').filter_map(seq);
+    match (seqs.next(), seqs.next()) {
+        (Some(seq), None) => Ok(Condition::Seq(seq)),
+        _ => Err(Refusal(412)),
+    }
 }
 
 fn get(raw: &[u8], query: Option<&[u8]>, fields: &Fields<'_>, head: bool) -> Result<Ask, Refusal> {

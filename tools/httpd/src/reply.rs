@@ -21,12 +21,21 @@ enum Part {
     Bytes(Vec<u8>),
     /// A part of an object: where in it the next byte is, and how many are left.
     Object { object: File, at: u64, left: u64 },
-    /// A put whose outcome is not known yet: which operation of the batch.
+    /// A change whose outcome is not known yet: which operation of the batch.
     Pending {
         op: usize,
-        location: Vec<u8>,
+        change: Change,
         keep_alive: bool,
     },
+}
+
+/// What was asked for.
+#[derive(Debug)]
+enum Change {
+    /// A put, and where its object will be.
+    Put(Vec<u8>),
+    /// A delete.
+    Delete { conditional: bool },
 }
 
 /// What is to be sent on a connection, in order.
@@ -61,7 +70,7 @@ impl Queue {
         self.parts.len()
     }
 
-    /// Puts whose outcome is not known yet.
+    /// Changes whose outcome is not known yet.
     pub fn pending(&self) -> usize {
         self.pending
     }
@@ -166,10 +175,19 @@ impl Queue {
     pub fn push_pending(&mut self, op: usize, key: &[u8], keep_alive: bool) {
         let mut location = Vec::with_capacity(key.len() + 1);
         encode_key(key, &mut location);
+        self.push_change(op, Change::Put(location), keep_alive);
+    }
+
+    /// The reply to a delete that is operation `op` of the batch.
+    pub fn push_pending_delete(&mut self, op: usize, conditional: bool, keep_alive: bool) {
+        self.push_change(op, Change::Delete { conditional }, keep_alive);
+    }
+
+    fn push_change(&mut self, op: usize, change: Change, keep_alive: bool) {
         self.pending += 1;
         self.parts.push_back(Part::Pending {
             op,
-            location,
+            change,
             keep_alive,
         });
     }
@@ -184,11 +202,16 @@ impl Queue {
             match part {
                 Part::Pending {
                     op,
-                    location,
+                    change,
                     keep_alive,
                 } => {
-                    let done = outcome(op);
-                    write_put(self.tail(), done, &location, keep_alive);
+                    let (out, done) = (self.tail(), outcome(op));
+                    match change {
+                        Change::Put(location) => write_put(out, done, &location, keep_alive),
+                        Change::Delete { conditional } => {
+                            write_delete(out, done, conditional, keep_alive);
+                        }
+                    }
                 }
                 // Only the first part may have been sent in part; it stays the
                 // first, and those that follow may be joined to it.
@@ -280,7 +303,7 @@ fn write_status(out: &mut Vec<u8>, status: u16, keep_alive: bool, head: bool) {
     let _ = writeln!(text, "{status} {}", reason(status));
     let mut reply = Head::new(out, status, keep_alive);
     match status {
-        405 => reply.field("Allow", "GET, HEAD, PUT, POST"),
+        405 => reply.field("Allow", "GET, HEAD, PUT, POST, DELETE"),
         503 => reply.field("Retry-After", 1),
         _ => {}
     }
@@ -321,13 +344,36 @@ fn write_put(
     reply.end();
 }
 
-/// What a put's errno means to the client.
+fn write_delete(
+    out: &mut Vec<u8>,
+    outcome: io::Result<pmskb_uapi::Outcome>,
+    conditional: bool,
+    keep_alive: bool,
+) {
+    use rustix::io::Errno;
+    match outcome {
+        Ok(_) => Head::new(out, 204, keep_alive).end(),
+        Err(e) => {
+            let missing = Errno::from_io_error(&e) == Some(Errno::NOENT);
+            let status = match missing && !conditional {
+                true => 404,
+                false => status_of(&e),
+            };
+            if status == 500 {
+                tracing::error!("a delete failed: {e}");
+            }
+            write_status(out, status, keep_alive, false);
+        }
+    }
+}
+
+/// What a change's errno means to the client.
 fn status_of(e: &io::Error) -> u16 {
     use rustix::io::Errno;
     match Errno::from_io_error(e) {
         Some(Errno::NOSPC | Errno::DQUOT) => 507,
         Some(Errno::NOBUFS | Errno::NOMEM | Errno::AGAIN | Errno::BUSY) => 503,
-        Some(Errno::EXIST | Errno::NOENT) => 412,
+        Some(Errno::EXIST | Errno::NOENT | Errno::STALE) => 412,
         Some(Errno::FBIG | Errno::TOOBIG) => 413,
         Some(Errno::NAMETOOLONG) => 414,
         _ => 500,
@@ -338,6 +384,7 @@ fn reason(status: u16) -> &'static str {
     match status {
         200 => "OK",
         201 => "Created",
+        204 => "No Content",
         206 => "Partial Content",
         304 => "Not Modified",
         400 => "Bad Request",
