@@ -7,15 +7,19 @@
 //! key (as `sha256sum` prints them). A last line without an end is ignored: who
 //! wrote it was stopped on the way.
 //!
-//! Keys end in `-SIZE`, and bodies follow from keys; see [`body_of`].
+//! Keys end in `-SIZE`, and bodies follow from keys; see [`body_of`]. Ledgers of
+//! clients that also replace and delete say what was tried, too; see [`mix`].
 
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
+mod mix;
+
 use std::{
-    collections::BTreeMap,
+    collections::{hash_map::DefaultHasher, BTreeMap, HashSet},
     fmt::Write as _,
     fs,
+    hash::{Hash as _, Hasher as _},
     io::{self, BufRead, BufReader, Read, Write},
     net::TcpStream,
     path::{Path, PathBuf},
@@ -70,7 +74,45 @@ enum Command {
         #[arg(required = true)]
         ledgers: Vec<PathBuf>,
     },
-    /// Look for every acknowledged object
+    /// PUT, replace and DELETE objects until the server is gone
+    Mix {
+        /// http://HOST:PORT
+        #[arg(long)]
+        url: String,
+        /// Start of the keys
+        #[arg(long, default_value = "m")]
+        prefix: String,
+        /// Ledger to write
+        #[arg(long)]
+        ledger: PathBuf,
+        /// How many connections
+        #[arg(long, default_value_t = 4)]
+        connections: usize,
+        /// A file with a location a line: these are deleted on the way
+        #[arg(long)]
+        old: Option<PathBuf>,
+    },
+    /// Send arrays of objects to pmskb-batcher until it is gone
+    Batches {
+        /// HOST:PORT
+        #[arg(long)]
+        connect: String,
+        /// Start of the keys
+        #[arg(long, default_value = "b")]
+        prefix: String,
+        /// Ledger to write
+        #[arg(long)]
+        ledger: PathBuf,
+        /// How many connections
+        #[arg(long, default_value_t = 2)]
+        connections: usize,
+    },
+    /// Add up an attached store's space, while nobody uses it
+    Space {
+        /// /dev/pmskbN
+        store: PathBuf,
+    },
+    /// Look for what every acknowledged change led to
     ///
     /// Exit status: 0 all are there, 1 some are not, 2 it could not be checked.
     Check {
@@ -107,12 +149,39 @@ fn main() -> ExitCode {
         } => gen(&directory, &url, &prefix, &sizes.0, count),
         Command::Body { key } => print_body(&key),
         Command::Sum { ledgers } => sum(&ledgers),
+        Command::Mix {
+            url,
+            prefix,
+            ledger,
+            connections,
+            old,
+        } => old_keys(old.as_deref())
+            .and_then(|old| mix::run(&url, &prefix, &ledger, connections, &old))
+            .map(|()| ExitCode::SUCCESS),
+        Command::Batches {
+            connect,
+            prefix,
+            ledger,
+            connections,
+        } => mix::batches(&connect, &prefix, &ledger, connections).map(|()| ExitCode::SUCCESS),
+        Command::Space { store } => space(&store),
         Command::Check { place, ledgers } => check(&place, &ledgers),
     };
     result.unwrap_or_else(|e| {
         eprintln!("pmskb-ledger: {e:#}");
         ExitCode::from(2)
     })
+}
+
+/// Keys of locations, a line each.
+fn old_keys(path: Option<&Path>) -> anyhow::Result<Vec<String>> {
+    let Some(path) = path else {
+        return Ok(Vec::new());
+    };
+    let text =
+        fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let keys = text.lines().filter_map(|l| l.strip_prefix('/'));
+    Ok(keys.map(str::to_owned).collect())
 }
 
 /// Sizes of bodies.
@@ -208,24 +277,101 @@ fn print_body(key: &str) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Keys and what their bodies must be.
-fn read(ledgers: &[PathBuf]) -> anyhow::Result<BTreeMap<String, Hash>> {
-    let mut all = BTreeMap::new();
+/// What a key may lead to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum What {
+    /// An object with this hash.
+    Object(Hash),
+    /// Nothing.
+    Gone,
+}
+
+/// What a key may lead to, and a number of the change that made it so.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct State {
+    what: What,
+    change: u64,
+}
+
+/// What ledgers say.
+#[derive(Debug, Default)]
+struct Ledgers {
+    /// What keys may lead to: what the last acknowledged change made of them, or one
+    /// that was tried later.
+    keys: BTreeMap<String, Vec<State>>,
+    /// Changes that were acknowledged.
+    acknowledged: usize,
+    /// What servers should not have answered.
+    wrong: Vec<String>,
+}
+
+/// Reads ledgers, in this order.
+fn read(ledgers: &[PathBuf]) -> anyhow::Result<Ledgers> {
+    let mut all = Ledgers::default();
     for path in ledgers {
         let text =
             fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
         let whole = text.rfind('\n').map_or("", |end| &text[..=end]);
+        // Whether a change was acknowledged says a line after it.
+        let done: HashSet<&str> = whole
+            .lines()
+            .filter_map(|line| line.strip_prefix("! "))
+            .collect();
         for (n, line) in whole
             .lines()
             .enumerate()
             .filter(|(_, line)| !line.is_empty())
         {
-            let entry =
-                parse_line(line).with_context(|| format!("{}, line {}", path.display(), n + 1))?;
-            all.extend(entry);
+            let at = || format!("{}, line {}", path.display(), n + 1);
+            if line.starts_with("! ") {
+                all.acknowledged += 1;
+            } else if let Some(why) = line.strip_prefix("x ") {
+                all.wrong.push(why.to_owned());
+            } else if let Some(change) = line.strip_prefix("? ") {
+                all.change(change, &done).with_context(at)?;
+            } else if let Some((key, hash)) = parse_line(line).with_context(at)? {
+                all.acknowledged += 1;
+                let state = State {
+                    what: What::Object(hash),
+                    change: 0,
+                };
+                all.keys.insert(key, vec![state]);
+            }
         }
     }
     Ok(all)
+}
+
+impl Ledgers {
+    /// A change that was tried: `ID put KEY N-SIZE` or `ID del KEY`.
+    fn change(&mut self, line: &str, done: &HashSet<&str>) -> anyhow::Result<()> {
+        let words: Vec<&str> = line.split(' ').collect();
+        let (id, key, what) = match words[..] {
+            [id, "put", key, version] => {
+                let body = body_of(&format!("{key}#{version}"))?;
+                (id, key, What::Object(hash(&body)))
+            }
+            [id, "del", key] => (id, key, What::Gone),
+            _ => bail!("not a line of a ledger: {line:?}"),
+        };
+        let mut hasher = DefaultHasher::new();
+        id.hash(&mut hasher);
+        let state = State {
+            what,
+            change: hasher.finish(),
+        };
+        let states = self.keys.entry(key.to_owned()).or_insert_with(|| {
+            vec![State {
+                what: What::Gone,
+                change: 0,
+            }]
+        });
+        if done.contains(id) {
+            states.clear();
+        }
+        states.push(state);
+        Ok(())
+    }
 }
 
 fn parse_line(line: &str) -> anyhow::Result<Option<(String, Hash)>> {
@@ -255,33 +401,57 @@ fn parse_line(line: &str) -> anyhow::Result<Option<(String, Hash)>> {
 
 fn sum(ledgers: &[PathBuf]) -> anyhow::Result<ExitCode> {
     let mut out = io::BufWriter::new(io::stdout().lock());
-    for (key, hash) in read(ledgers)? {
-        writeln!(out, "{}  {key}", hex(&hash))?;
+    for (key, states) in read(ledgers)?.keys {
+        if let [State {
+            what: What::Object(hash),
+            ..
+        }] = &states[..]
+        {
+            writeln!(out, "{}  {key}", hex(hash))?;
+        }
     }
     out.flush()?;
     Ok(ExitCode::SUCCESS)
 }
 
-/// What became of the acknowledged objects.
+/// What became of the acknowledged changes.
 #[derive(Default)]
 struct Tally {
     found: usize,
+    gone: usize,
     bytes: u64,
     missing: Vec<String>,
     wrong: Vec<String>,
+    /// There again, though they were deleted.
+    undead: Vec<String>,
+    /// Which change each key of a group shows.
+    groups: BTreeMap<String, HashSet<u64>>,
 }
 
 impl Tally {
-    fn note(&mut self, key: &str, right: &Hash, object: Option<(Hash, u64)>) {
-        match object {
-            None => self.missing.push(key.to_owned()),
-            Some((is, len)) => {
-                self.found += 1;
-                self.bytes += len;
-                if is != *right {
-                    self.wrong.push(key.to_owned());
-                }
+    fn note(&mut self, key: &str, states: &[State], object: Option<(Hash, u64)>) {
+        let is = match object {
+            None => What::Gone,
+            Some((hash, _)) => What::Object(hash),
+        };
+        self.bytes += object.map_or(0, |o| o.1);
+        let right = states.iter().find(|s| s.what == is);
+        if let Some((group, _)) = key.rsplit_once('/') {
+            let shown = match (&is, right) {
+                (What::Object(_), Some(state)) => state.change,
+                _ => 0,
+            };
+            let group = self.groups.entry(group.to_owned()).or_default();
+            group.insert(shown);
+        }
+        match (right, &is) {
+            (Some(_), What::Gone) => self.gone += 1,
+            (Some(_), What::Object(_)) => self.found += 1,
+            (None, What::Gone) => self.missing.push(key.to_owned()),
+            (None, _) if states.iter().all(|s| s.what == What::Gone) => {
+                self.undead.push(key.to_owned());
             }
+            (None, _) => self.wrong.push(key.to_owned()),
         }
     }
 }
@@ -289,12 +459,21 @@ impl Tally {
 fn check(place: &Place, ledgers: &[PathBuf]) -> anyhow::Result<ExitCode> {
     let all = read(ledgers)?;
     let tally = match (&place.url, &place.store, &place.image) {
-        (Some(url), _, _) => check_server(url, &all)?,
-        (_, Some(path), _) => check_catalog(&Catalog::of_store(&Store::open(path)?)?, &all)?,
-        (_, _, Some(path)) => check_catalog(&Catalog::of_image(path, (None, None))?, &all)?,
+        (Some(url), _, _) => check_server(url, &all.keys)?,
+        (_, Some(path), _) => check_catalog(&Catalog::of_store(&Store::open(path)?)?, &all.keys)?,
+        (_, _, Some(path)) => check_catalog(&Catalog::of_image(path, (None, None))?, &all.keys)?,
         _ => bail!("say where to look"),
     };
-    for (what, keys) in [("missing", &tally.missing), ("wrong", &tally.wrong)] {
+    let torn = tally.groups.iter().filter(|(_, shown)| shown.len() > 1);
+    let torn: Vec<String> = torn.map(|(group, _)| group.clone()).collect();
+    let lists = [
+        ("missing", &tally.missing),
+        ("wrong", &tally.wrong),
+        ("deleted, and there again", &tally.undead),
+        ("torn", &torn),
+        ("wrong answer", &all.wrong),
+    ];
+    for (what, keys) in lists {
         for key in keys.iter().take(10) {
             println!("{what}: {key}");
         }
@@ -303,23 +482,29 @@ fn check(place: &Place, ledgers: &[PathBuf]) -> anyhow::Result<ExitCode> {
         }
     }
     println!(
-        "{} acknowledged, {} found, {} missing, {} wrong, {} bytes",
-        all.len(),
+        "{} acknowledged, {} found, {} gone as they should, {} missing, {} wrong, {} there again, \
+         {} groups, {} torn, {} wrong answers, {} bytes",
+        all.acknowledged,
         tally.found,
+        tally.gone,
         tally.missing.len(),
         tally.wrong.len(),
+        tally.undead.len(),
+        tally.groups.len(),
+        torn.len(),
+        all.wrong.len(),
         tally.bytes
     );
-    let lost = !tally.missing.is_empty() || !tally.wrong.is_empty();
+    let lost = lists.iter().any(|(_, keys)| !keys.is_empty());
     Ok(ExitCode::from(u8::from(lost)))
 }
 
-fn check_catalog(catalog: &Catalog, all: &BTreeMap<String, Hash>) -> anyhow::Result<Tally> {
+fn check_catalog(catalog: &Catalog, all: &BTreeMap<String, Vec<State>>) -> anyhow::Result<Tally> {
     let mut tally = Tally::default();
-    for (key, right) in all {
+    for (key, states) in all {
         let object = find(catalog, key).map_err(|e| anyhow::anyhow!("{key}: {}", describe(e)));
         match object {
-            Ok(object) => tally.note(key, right, object),
+            Ok(object) => tally.note(key, states, object),
             Err(e) => {
                 println!("{e:#}");
                 tally.missing.push(key.clone());
@@ -327,6 +512,61 @@ fn check_catalog(catalog: &Catalog, all: &BTreeMap<String, Hash>) -> anyhow::Res
         }
     }
     Ok(tally)
+}
+
+/// Adds up what a store's counters say of its space, with no traffic.
+fn space(path: &Path) -> anyhow::Result<ExitCode> {
+    let store = Store::open(path)?;
+    let catalog = Catalog::of_store(&store)?;
+    let r = store.info()?.raw;
+    let (mut records, mut keys, mut bytes, mut lines, mut in_payload) = (0, 0, 0, 0, 0);
+    for record in catalog.log(0) {
+        let fail = |e| anyhow::anyhow!("cannot read the records: {}", describe(e));
+        let record = record.map_err(fail)?;
+        records += 1;
+        keys += u64::from(record.keyed());
+        bytes += u64::from(record.len);
+        lines += u64::from(record.lines);
+        let key = record.key_extent(catalog.media()).map_err(fail)?;
+        in_payload += key.map_or(0, |extent| u64::from(extent.len));
+    }
+    let sum = r.frames_free
+        + r.frames_payload
+        + r.frames_record
+        + r.frames_list
+        + r.frames_index
+        + r.frames_held
+        + r.frames_limbo
+        + r.frames_bad;
+    let mut wrong = 0;
+    for (what, is, right) in [
+        ("frames", r.frames_total, sum),
+        (
+            "bytes of payload frames",
+            r.frames_payload * pmskb_uapi::FRAME_SIZE,
+            r.live_bytes + in_payload + r.fragmented_bytes,
+        ),
+        ("records", r.records, records),
+        ("records with a key", r.keys, keys),
+        ("bytes of objects", r.live_bytes, bytes),
+        ("bytes of records", r.record_bytes, lines * 64),
+    ] {
+        if is != right {
+            println!("space: {is} {what}, and not {right}");
+            wrong += 1;
+        }
+    }
+    println!(
+        "space: {} frames, {} free, {} records, {} bytes of objects, {} of keys, {} fragmented: {}",
+        r.frames_total,
+        r.frames_free,
+        r.records,
+        r.live_bytes,
+        in_payload,
+        r.fragmented_bytes,
+        if wrong == 0 { "adds up" } else { "WRONG" }
+    );
+    Ok(ExitCode::from(u8::from(wrong > 0)))
 }
 
 fn find(catalog: &Catalog, key: &str) -> pmskb_uapi::core::Result<Option<(Hash, u64)>> {
@@ -345,24 +585,24 @@ fn find(catalog: &Catalog, key: &str) -> pmskb_uapi::core::Result<Option<(Hash, 
 /// Connections that a check of a server uses.
 const CONNECTIONS: usize = 4;
 
-fn check_server(url: &str, all: &BTreeMap<String, Hash>) -> anyhow::Result<Tally> {
+fn check_server(url: &str, all: &BTreeMap<String, Vec<State>>) -> anyhow::Result<Tally> {
     let address = url
         .strip_prefix("http://")
         .map(|a| a.trim_end_matches('/'))
         .with_context(|| format!("{url}: not http://HOST:PORT"))?;
-    let keys: Vec<(&String, &Hash)> = all.iter().collect();
+    let keys: Vec<(&String, &Vec<State>)> = all.iter().collect();
     let next = AtomicUsize::new(0);
     let tally = Mutex::new(Tally::default());
     let work = || -> anyhow::Result<()> {
         let mut client = Client::connect(address)?;
-        while let Some((key, right)) = keys.get(next.fetch_add(1, Ordering::Relaxed)) {
+        while let Some((key, states)) = keys.get(next.fetch_add(1, Ordering::Relaxed)) {
             let object = client
                 .get(key)?
                 .map(|body| (hash(&body), body.len() as u64));
             tally
                 .lock()
                 .expect("no thread panicked")
-                .note(key, right, object);
+                .note(key, states, object);
         }
         Ok(())
     };
@@ -396,8 +636,31 @@ impl Client {
 
     /// An object; `None` if there is none.
     fn get(&mut self, key: &str) -> anyhow::Result<Option<Vec<u8>>> {
-        let request = format!("GET /{key} HTTP/1.1\r\nHost: {}\r\n\r\n", self.address);
-        self.stream.get_mut().write_all(request.as_bytes())?;
+        let reply = self.send("GET", key, "", &[])?;
+        match reply.status {
+            200 => Ok(Some(reply.body)),
+            404 => Ok(None),
+            other => bail!("{key}: status {other}"),
+        }
+    }
+
+    /// Sends a request, with more `fields` of its head, and reads the reply.
+    fn send(
+        &mut self,
+        method: &str,
+        key: &str,
+        fields: &str,
+        body: &[u8],
+    ) -> anyhow::Result<Reply> {
+        let mut request = format!("{method} /{key} HTTP/1.1\r\nHost: {}\r\n", self.address);
+        request += fields;
+        if !body.is_empty() || method == "PUT" {
+            let _ = write!(request, "Content-Length: {}\r\n", body.len());
+        }
+        request += "\r\n";
+        let mut request = request.into_bytes();
+        request.extend_from_slice(body);
+        self.stream.get_mut().write_all(&request)?;
         let mut head = Vec::new();
         while !head.ends_with(b"\r\n\r\n") {
             if self.stream.read_until(b'\n', &mut head)? == 0 || head.len() > 16 << 10 {
@@ -407,21 +670,30 @@ impl Client {
         let mut fields = [httparse::EMPTY_HEADER; 32];
         let mut reply = httparse::Response::new(&mut fields);
         reply.parse(&head)?;
-        let length = reply
-            .headers
-            .iter()
-            .find(|h| h.name.eq_ignore_ascii_case("content-length"));
-        let length = length.and_then(|h| std::str::from_utf8(h.value).ok()?.parse().ok());
+        let status = reply.code.unwrap_or(0);
+        let field = |name: &str| {
+            let found = reply.headers.iter();
+            let mut found = found.filter(|h| h.name.eq_ignore_ascii_case(name));
+            std::str::from_utf8(found.next()?.value).ok()
+        };
+        let length = match field("content-length") {
+            Some(length) => length.parse().ok(),
+            None => (status == 204).then_some(0),
+        };
         let length: usize = length.with_context(|| format!("{key}: a reply without a length"))?;
-        let status = reply.code;
+        let tag = field("etag").map(str::to_owned);
         let mut body = vec![0; length];
         self.stream.read_exact(&mut body)?;
-        match status {
-            Some(200) => Ok(Some(body)),
-            Some(404) => Ok(None),
-            other => bail!("{key}: status {}", other.unwrap_or(0)),
-        }
+        Ok(Reply { status, tag, body })
     }
+}
+
+/// A server's answer.
+struct Reply {
+    status: u16,
+    /// `ETag`
+    tag: Option<String>,
+    body: Vec<u8>,
 }
 
 #[cfg(test)]
@@ -444,10 +716,74 @@ mod tests {
         fs::write(&file, text).unwrap();
         let all = read(std::slice::from_ref(&file)).unwrap();
         fs::remove_file(&file).unwrap();
-        let keys: Vec<&str> = all.keys().map(String::as_str).collect();
+        assert_eq!(all.acknowledged, 3);
+        let keys: Vec<&str> = all.keys.keys().map(String::as_str).collect();
         assert_eq!(keys, ["a-1", "b-2", "c"]);
-        assert_eq!(all["a-1"], hash(b"a"));
-        assert_eq!(all["c"], hash(b"other"));
+        assert_eq!(all.keys["a-1"][0].what, What::Object(hash(b"a")));
+        assert_eq!(all.keys["c"][0].what, What::Object(hash(b"other")));
         assert!(parse_line("nonsense here").is_err());
+    }
+
+    /// What a ledger makes of a store that has these objects.
+    fn tally(ledger: &str, store: &[(&str, &str)]) -> Tally {
+        static NEXT: AtomicUsize = AtomicUsize::new(0);
+        let n = NEXT.fetch_add(1, Ordering::Relaxed);
+        let file = std::env::temp_dir().join(format!("pmskb-mix-{}-{n}", std::process::id()));
+        fs::write(&file, ledger).unwrap();
+        let all = read(std::slice::from_ref(&file)).unwrap();
+        fs::remove_file(&file).unwrap();
+        let mut tally = Tally::default();
+        for (key, states) in &all.keys {
+            let object = store.iter().find(|(k, _)| k == key);
+            let object = object.map(|(key, version)| {
+                let body = body_of(&format!("{key}#{version}")).unwrap();
+                (hash(&body), body.len() as u64)
+            });
+            tally.note(key, states, object);
+        }
+        tally
+    }
+
+    #[test]
+    fn what_was_tried_may_be_and_what_was_acknowledged_must() {
+        let ledger = "? 1 put k 1-30\n! 1\n? 2 put k 2-30\n? 3 del k\n";
+        for store in [&[("k", "1-30")][..], &[("k", "2-30")], &[]] {
+            let t = tally(ledger, store);
+            assert_eq!((t.found + t.gone, t.missing.len() + t.wrong.len()), (1, 0));
+        }
+        assert_eq!(tally(ledger, &[("k", "4-30")]).wrong, ["k"]);
+        let deleted = "? 1 put k 1-30\n! 1\n? 2 del k\n! 2\n";
+        assert_eq!(tally(deleted, &[]).gone, 1);
+        assert_eq!(tally(deleted, &[("k", "1-30")]).undead, ["k"]);
+        let replaced = "? 1 put k 1-30\n! 1\n? 2 put k 2-30\n! 2\n";
+        assert_eq!(tally(replaced, &[("k", "1-30")]).wrong, ["k"]);
+        assert_eq!(tally(replaced, &[]).missing, ["k"]);
+        // Never acknowledged.
+        let tried = "? 1 put k 1-30\n";
+        assert_eq!(
+            tally(tried, &[]).gone + tally(tried, &[("k", "1-30")]).found,
+            2
+        );
+    }
+
+    #[test]
+    fn a_group_shows_one_change() {
+        let mut ledger = String::new();
+        for (id, version) in [("1", "1-40"), ("2", "2-40")] {
+            for n in 0..2 {
+                let _ = writeln!(ledger, "? {id} put g/{n} {version}");
+            }
+            if id == "1" {
+                ledger.push_str("! 1\n");
+            }
+        }
+        let shown = |store: &[(&str, &str)]| {
+            let t = tally(&ledger, store);
+            assert_eq!((t.missing.len(), t.wrong.len()), (0, 0));
+            t.groups["g"].len()
+        };
+        assert_eq!(shown(&[("g/0", "1-40"), ("g/1", "1-40")]), 1);
+        assert_eq!(shown(&[("g/0", "2-40"), ("g/1", "2-40")]), 1);
+        assert_eq!(shown(&[("g/0", "1-40"), ("g/1", "2-40")]), 2);
     }
 }

@@ -247,8 +247,8 @@ pub(crate) const SUBMIT: &[(i32, &str)] = &[
     ),
 ];
 
-const READ_ONLY: &str = "the store may only be read: it was attached with --read-only, or a \
-    write failed (see the kernel log); detach it, and attach it again";
+const READ_ONLY: &str = "the store may only be read: it was attached with --read-only, or has a \
+    feature that this module only can read";
 
 const NOT_WRITABLE: &str = "the device node is open for reading only: its owner and mode decide \
     who may change the store";
