@@ -219,6 +219,15 @@ impl CoreGuard<'_> {
     }
 }
 
+impl Drop for CoreGuard<'_> {
+    fn drop(&mut self) {
+        // The next one may be on another CPU, whose fences do not cover what this one wrote back.
+        if let Some(core) = (*self.core).as_mut() {
+            core.settle();
+        }
+    }
+}
+
 impl Store {
     /// N of `/dev/pmskbN`.
     pub(crate) fn minor(&self) -> u32 {

@@ -323,6 +323,15 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         }
     }
 
+    /// Fences the words of a batch that is in force, which the next commit's first
+    /// fence otherwise does. For hosts where that may be another CPU's: a fence
+    /// covers what its own CPU has written back.
+    pub fn settle(&mut self) {
+        if self.batch.is_some() {
+            self.fence();
+        }
+    }
+
     // ---- staging ----
 
     /// Commits what is staged, and makes what is staged from here to the next
