@@ -30,6 +30,8 @@ fn main() {
     harm(&out, &features);
     orders(&out);
     out.image("heads-dram", heads_dram().store.pm());
+    batches(&out);
+    compactions(&out);
     crashes(&out);
 }
 
@@ -355,6 +357,8 @@ fn superblocks(out: &Out, pm: &SimPm) {
     let update = pm.load(152).unwrap();
     edit("first-newer", &[0], 152, update + 7);
     edit("last-newer", &[last], 152, update + 7);
+    // Above it are records without a key, and below it some with one.
+    edit("truncated", &[0, last], 176, 20);
     edit("compat", &[0, last], 16, 1 << 63);
     edit("ro-compat", &[0, last], 24, 1);
     edit("refuse-incompat", &[0, last], 32, 1 << 40);
@@ -364,8 +368,10 @@ fn superblocks(out: &Out, pm: &SimPm) {
     let versions = |name: &str, copies: &[u64], number: u32| {
         edit_bytes(name, copies, 12, &number.to_le_bytes());
     };
-    versions("refuse-version", &[0, last], 2);
-    versions("first-version-0", &[0], 0);
+    versions("refuse-version", &[0, last], 3);
+    versions("refuse-version-1", &[0, last], 1);
+    versions("refuse-first-version-0", &[0], 0);
+    versions("last-version-0", &[last], 0);
     versions("refuse-version-0", &[0, last], 0);
 }
 
@@ -541,12 +547,347 @@ fn heads_dram() -> Maker {
     maker
 }
 
+/// The batch areas, and how their words are found.
+const AREAS: [u64; 2] = [8192, 28672];
+
+/// An area that is in force, as the core writes them: where it is, number, pairs.
+type Area = (u64, u64, Vec<(u64, u64)>);
+
+fn areas(pm: &SimPm) -> Vec<Area> {
+    let area = |off: &u64| {
+        let word = |at: u64| pm.load(off + at).unwrap();
+        let pairs = (0..word(16) & 0xffff_ffff).map(|n| (word(64 + n * 16), word(72 + n * 16)));
+        (word(0) != 0).then(|| (*off, word(8), pairs.collect()))
+    };
+    AREAS.iter().filter_map(area).collect()
+}
+
+/// How far a batch had got when the power was cut: areas in force, and whether none,
+/// some or all of the last one's words were in their places.
+type Stage = (usize, usize);
+const NOT_YET: Stage = (0, 0);
+const IN_FORCE: Stage = (1, 0);
+const HALF: Stage = (1, 1);
+const APPLIED: Stage = (1, 2);
+const BOTH: Stage = (2, 0);
+
+fn stage(pm: &SimPm) -> Stage {
+    let found = areas(pm);
+    let Some((_, _, pairs)) = found.iter().max_by_key(|(_, number, _)| number) else {
+        return NOT_YET;
+    };
+    let placed = pairs
+        .iter()
+        .filter(|(off, word)| pm.load(*off).unwrap() == *word);
+    match placed.count() {
+        0 => (found.len(), 0),
+        count if count == pairs.len() => (found.len(), 2),
+        _ => (found.len(), 1),
+    }
+}
+
+/// What power cuts leave of `change`, with words torn: one image of each stage asked for,
+/// which has to be found, and `some` of instants far apart.
+fn cuts(
+    out: &Out,
+    name: &str,
+    wanted: &[(&str, Stage)],
+    some: u64,
+    before: impl Fn() -> Maker,
+    change: impl Fn(&mut Maker) -> Result<()>,
+) -> Vec<SimPm> {
+    let run = |stop: u64| {
+        let mut maker = before();
+        maker.store.pm().reset_counts();
+        maker.store.pm().stop_at(stop);
+        let done = change(&mut maker);
+        assert_eq!(done.is_ok(), stop == u64::MAX, "{name}: {done:?} at {stop}");
+        maker
+    };
+    let whole = run(u64::MAX);
+    let events = whole.store.pm().counts().events;
+    for n in 0..some {
+        let cut = run(n * events / some).store.pm().crash_torn(&mut Rng(n));
+        out.image(&format!("{name}-cut-{n:02}"), &cut);
+    }
+    // The event that puts the batch in force: it stays so to the end.
+    let newest = |pm: &SimPm| areas(pm).iter().map(|area| area.1).max();
+    let batch = newest(whole.store.pm());
+    let (mut before, mut sealed) = (0, events);
+    while before < sealed {
+        let middle = (before + sealed) / 2;
+        if newest(run(middle).store.pm()) == batch {
+            sealed = middle;
+        } else {
+            before = middle + 1;
+        }
+    }
+    let mut found: Vec<Option<SimPm>> = wanted.iter().map(|_| None).collect();
+    for event in [events - 1].into_iter().chain(sealed - 3..events) {
+        if found.iter().all(Option::is_some) {
+            break;
+        }
+        let maker = run(event);
+        let mut rng = Rng(event);
+        for n in 0..8 {
+            // All that was stored may have been written back.
+            let cut = match n {
+                0 => copy(maker.store.pm()),
+                _ => maker.store.pm().crash_torn(&mut rng),
+            };
+            let at = stage(&cut);
+            let slot = wanted.iter().position(|(_, stage)| *stage == at);
+            if let Some(slot) = slot.and_then(|slot| found.get_mut(slot)) {
+                slot.get_or_insert(cut);
+            }
+        }
+    }
+    let found = found.into_iter().zip(wanted).map(|(cut, (part, stage))| {
+        let cut = cut.unwrap_or_else(|| panic!("{name}: no cut leaves {part}, {stage:?}"));
+        out.image(&format!("{name}-{part}"), &cut);
+        cut
+    });
+    found.collect()
+}
+
+/// A store with so many batches over, to begin with.
+fn batched(over: u64) -> Maker {
+    let mut maker = Maker::new(formatted());
+    for n in 0..20u64 {
+        maker.small(format!("key {n}").as_bytes());
+        let extents = maker.filled(&[(0, 50)]);
+        maker.put(Key::None, &extents, checked());
+    }
+    maker.commit();
+    for n in 0..over {
+        batch(&mut maker, n).unwrap();
+    }
+    maker.store.sync_pending().unwrap();
+    maker
+}
+
+/// An atomic batch: new keys, replaced ones, deleted ones, some without a key. What one
+/// puts is deleted by the next.
+fn batch(maker: &mut Maker, tag: u64) -> Result<()> {
+    maker.store.begin_atomic()?;
+    let mut put = |key: &[u8]| {
+        let key = if key.is_empty() {
+            Key::None
+        } else {
+            Key::Bytes(key)
+        };
+        let args = PutArgs {
+            key,
+            extents: &[],
+            meta: checked(),
+            mode: PutMode::Upsert,
+            if_seq: None,
+        };
+        maker.store.put(&args)
+    };
+    for n in 0..6 {
+        put(format!("new {tag}.{n}").as_bytes())?;
+        put(format!("key {n}").as_bytes())?;
+        put(b"")?;
+    }
+    let gone = if tag == 0 {
+        "key 10".into()
+    } else {
+        format!("new {}.1", tag - 1)
+    };
+    for key in [gone, format!("key {}", 11 + tag)] {
+        match maker.store.delete(key.as_bytes(), None) {
+            Ok(_) | Err(Error::NotFound) => (),
+            Err(error) => return Err(error),
+        }
+    }
+    maker.store.commit()
+}
+
+/// Atomic batches that were cut, and areas that no writer leaves.
+fn batches(out: &Out) {
+    let fresh = batched(0);
+    let alone = cuts(
+        out,
+        "batch",
+        &[
+            ("not-yet", NOT_YET),
+            ("in-force", IN_FORCE),
+            ("half", HALF),
+            ("applied", APPLIED),
+        ],
+        8,
+        || Maker::new(fresh.store.pm().clone()),
+        |maker| batch(maker, 0),
+    );
+    // The one before is in force still; its number is in the first area, or the second.
+    let mut both = Vec::new();
+    for over in [1, 2] {
+        let base = batched(over - 1);
+        let before = || {
+            let mut maker = Maker::new(base.store.pm().clone());
+            batch(&mut maker, over - 1).unwrap();
+            maker
+        };
+        let name = format!("batch-after-{over}");
+        let wanted = [("both", BOTH), ("half", HALF)];
+        both = cuts(out, &name, &wanted, 4, before, |maker| batch(maker, over));
+    }
+
+    let change = |name: &str, pm: &SimPm, change: &dyn Fn(&SimPm, &[Area])| {
+        let pm = copy(pm);
+        change(&pm, &areas(&pm));
+        out.image(name, &pm);
+    };
+    let flip = |pm: &SimPm, off: u64| {
+        let mut byte = [0];
+        pm.read(off, &mut byte).unwrap();
+        pm.damage(off, &[byte[0] ^ 4]);
+    };
+    for (name, at) in [
+        ("crc", 1),
+        ("magic", 6),
+        ("number", 9),
+        ("count", 16),
+        ("zeros", 40),
+        ("pair", 64 + 5 * 16 + 9),
+    ] {
+        for (which, pm) in [("in-force", &alone[1]), ("half", &alone[2])] {
+            change(&format!("batch-{which}-bad-{name}"), pm, &|pm, areas| {
+                flip(pm, areas[0].0 + at);
+            });
+        }
+    }
+    for area in 0..2 {
+        change(&format!("batch-both-bad-{area}"), &both[0], &|pm, areas| {
+            flip(pm, areas[area].0 + 70);
+        });
+    }
+    // With right checksums: only the document says what a reader does about them.
+    let forge = |name: &str, pm: &SimPm, which: usize, edit: &dyn Fn(&mut Vec<u8>)| {
+        change(name, pm, &|pm, areas| {
+            let (off, _, pairs) = &areas[which];
+            let mut raw = vec![0; 64 + pairs.len() * 16];
+            pm.read(*off, &mut raw).unwrap();
+            edit(&mut raw);
+            let all = crc32c_software(0, &raw[64..]);
+            let crc = crc32c_software(0, &params().salt.to_le_bytes());
+            let crc = crc32c_software(crc, &raw[4..64]);
+            let crc = crc32c_software(crc, &all.to_le_bytes());
+            raw[..4].copy_from_slice(&crc.to_le_bytes());
+            pm.damage(*off, &raw);
+        });
+    };
+    let set = |at: usize, value: u64| {
+        move |raw: &mut Vec<u8>| raw[at..at + 8].copy_from_slice(&value.to_le_bytes())
+    };
+    let (first, end) = (64 + 3 * 16, LEN - FRAME_SIZE);
+    forge("batch-word-in-map", &alone[1], 0, &set(first, 49152 + 64));
+    forge("batch-word-in-superblock", &alone[1], 0, &set(first, 192));
+    forge("batch-word-in-last", &alone[1], 0, &set(first, end));
+    forge("batch-word-unaligned", &alone[1], 0, &|raw| raw[first] |= 4);
+    forge("batch-word-outside", &alone[1], 0, &set(first, 1 << 50));
+    forge("batch-word-twice", &alone[1], 0, &|raw| {
+        let off = raw[64..72].to_vec();
+        raw[first..first + 8].copy_from_slice(&off);
+    });
+    forge("batch-empty", &alone[1], 0, &|raw| {
+        raw.truncate(64);
+        raw[16..20].fill(0);
+    });
+    forge("batch-too-long", &alone[1], 0, &|raw| {
+        raw.resize(64 + 1277 * 16, 0);
+        raw[16..20].copy_from_slice(&1277u32.to_le_bytes());
+    });
+    forge("batch-longest", &alone[1], 0, &|raw| {
+        raw.resize(64 + 1276 * 16, 0);
+        raw[16..20].copy_from_slice(&1276u32.to_le_bytes());
+    });
+    // In the wrong area; the same number in both; the last one there is.
+    forge("batch-both-turned", &both[0], 0, &set(8, 1000));
+    forge("batch-both-equal", &both[0], 0, &|raw| {
+        raw[8..16].copy_from_slice(&areas(&both[0])[1].1.to_le_bytes());
+    });
+    forge("refuse-batch-number", &alone[1], 0, &set(8, u64::MAX));
+    forge("batch-number", &alone[1], 0, &set(8, u64::MAX - 1));
+}
+
+/// A store of which little is alive, in many frames: what compaction moves. Keys in
+/// payload, lists, records without a key, some truncated.
+fn sparse() -> Maker {
+    let mut maker = Maker::new(formatted());
+    for n in 0..150u64 {
+        let key = format!("key {n}");
+        match n % 5 {
+            0 => {
+                let extents = maker.filled(&[(0, 90)]);
+                maker.put(Key::None, &extents, checked());
+            }
+            1 => {
+                let extents = maker.filled(&[(8, 20), (28, 300)]);
+                maker.put(Key::Extent(extents[0]), &extents[1..], checked());
+            }
+            _ if n == 42 => {
+                let extents = maker.scattered(70);
+                maker.put(Key::Bytes(key.as_bytes()), &extents, checked());
+            }
+            _ => drop(maker.small(key.as_bytes())),
+        }
+    }
+    maker.commit();
+    for n in 0..150u64 {
+        if n % 5 > 1 && n % 7 > 0 {
+            let _ = maker.store.delete(format!("key {n}").as_bytes(), None);
+        }
+    }
+    maker.commit();
+    maker.store.truncate(40).unwrap();
+    while maker.store.drain(100).unwrap() {}
+    maker.store.sync_pending().unwrap();
+    maker
+}
+
+/// Compaction, cut at every few events, and when it was over.
+fn compactions(out: &Out) {
+    let step = |maker: &mut Maker| {
+        let mut scratch = [Extent::new(0, 0); 100];
+        maker.store.compact(0, &mut scratch)
+    };
+    let base = sparse();
+    let moved = cuts(
+        out,
+        "compact",
+        &[
+            ("not-yet", NOT_YET),
+            ("in-force", IN_FORCE),
+            ("half", HALF),
+            ("applied", APPLIED),
+        ],
+        24,
+        || Maker::new(base.store.pm().clone()),
+        |maker| step(maker).map(|done| assert!(done.records > 20, "{done:?}")),
+    );
+    // Not in force any more, it is as if it had not been begun.
+    let damaged = copy(&moved[1]);
+    damaged.damage(areas(&damaged)[0].0 + 80, b"!?");
+    out.image("compact-bad", &damaged);
+    let mut maker = base;
+    let mut from = Some(0);
+    while let Some(at) = from {
+        let mut scratch = [Extent::new(0, 0); 100];
+        from = maker.store.compact(at, &mut scratch).unwrap().next;
+    }
+    out.image("compacted", maker.store.pm());
+    batch(&mut maker, 0).unwrap();
+    out.image("compacted-batch", maker.store.pm());
+}
+
 /// What power cuts leave of a store in use, at stores, flushes and fences; those with
 /// something torn are looked for, as few instants leave that.
 fn crashes(out: &Out) {
-    for seed in 0..16 {
+    for seed in 0..20 {
         let first = 300 + seed * 60;
-        let cut = (first..first + 40).find_map(|event| {
+        let cut = (first..first + 12).find_map(|event| {
             let store = cut_at(seed, event);
             let mut rng = Rng(event);
             (0..3)
@@ -563,19 +904,32 @@ fn cut_at(seed: u64, event: u64) -> SimStore {
     let mut rng = Rng(seed);
     let mut driver = Driver::new(recover(formatted()).unwrap().0);
     driver.store.pm().stop_at(event);
+    let mut count = 0;
     loop {
-        let key = bytes_of(rng.below(12), 1 + (rng.below(12) * 9) as usize % 100);
-        let (tag, len) = (rng.next(), rng.below(9000) as usize);
-        let op = match rng.below(8) {
-            0..=2 => Op::Put { key, tag, len },
-            3 => Op::PutKeyExtent { key, tag, len },
-            4 => Op::Append { tag, len },
-            5 => Op::Delete { key },
-            6 => Op::Commit,
-            _ => Op::Sync,
+        let op = match rng.below(14) {
+            0 => Op::Atomic((0..1 + rng.below(6)).map(|_| change(&mut rng)).collect()),
+            1 => Op::Sync,
+            2..=3 => Op::Commit,
+            // Not before there is something to do it to.
+            4 if count > 20 => Op::Compact,
+            5 if count > 20 => Op::Truncate,
+            _ => change(&mut rng),
         };
+        count += 1;
         if driver.run(&op).is_err() {
             return driver.store;
         }
+    }
+}
+
+/// A put or a delete.
+fn change(rng: &mut Rng) -> Op {
+    let key = bytes_of(rng.below(12), 1 + (rng.below(12) * 9) as usize % 100);
+    let (tag, len) = (rng.next(), rng.below(9000) as usize);
+    match rng.below(6) {
+        0..=2 => Op::Put { key, tag, len },
+        3 => Op::PutKeyExtent { key, tag, len },
+        4 => Op::Append { tag, len },
+        _ => Op::Delete { key },
     }
 }
