@@ -18,7 +18,7 @@ use pmskb_core::*;
 use shuttle::rand::{thread_rng, Rng};
 use shuttle::scheduler::{PctScheduler, RandomScheduler, Scheduler};
 use shuttle::{thread, Config, MaxSteps, Runner};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
@@ -29,14 +29,21 @@ const READERS: usize = 2;
 const NEAR: u64 = 6;
 /// In place of the number of a key.
 const KEYLESS: u64 = u64::MAX;
+/// Keys that are only changed together.
+const PAIR: [u64; 2] = [u64::MAX - 2, u64::MAX - 1];
+/// The batch areas, and the most words of a batch here.
+const AREAS: [u64; 2] = [8192, 28672];
+const BATCH: u64 = 8;
 
 /// What was looked at, over all schedules: loads that saw an old value, records that
 /// were read, those of them that were gone when looked at again, and times that a
-/// reader gave up.
+/// reader gave up; both of a pair that were read, and records that were moved.
 static STALE: AtomicU64 = AtomicU64::new(0);
 static READS: AtomicU64 = AtomicU64::new(0);
 static GONE: AtomicU64 = AtomicU64::new(0);
 static BUSY: AtomicU64 = AtomicU64::new(0);
+static PAIRS: AtomicU64 = AtomicU64::new(0);
+static MOVED: AtomicU64 = AtomicU64::new(0);
 
 /// A value that a word had.
 #[derive(Clone, Copy)]
@@ -73,6 +80,20 @@ struct View {
     spins: (u64, u64),
 }
 
+/// What was acknowledged, and may be known to readers by other ways than the memory.
+#[derive(Clone, Default)]
+struct Told {
+    /// Number of the last write before it was.
+    number: u64,
+    /// Sequence number of each key's record.
+    keys: BTreeMap<u64, u64>,
+    /// Those of records without a key.
+    log: BTreeSet<u64>,
+    /// What was truncated; and what is about to be.
+    truncated: u64,
+    truncating: u64,
+}
+
 struct State {
     /// What was there before the threads began.
     base: Arc<Vec<u64>>,
@@ -84,6 +105,7 @@ struct State {
     /// Threads go on: not in the set-up.
     concurrent: bool,
     without: Without,
+    told: Told,
 }
 
 /// Memory as one thread sees it. Thread 0 writes.
@@ -96,18 +118,19 @@ struct Weak {
 }
 
 impl Weak {
-    fn new(base: Arc<Vec<u64>>, readers: usize, without: Without) -> Self {
+    fn new(base: &Base, readers: usize, without: Without) -> Self {
         let mut views = Vec::new();
         views.resize_with(readers + 1, View::default);
         Weak {
             state: Arc::new(Mutex::new(State {
-                base,
+                base: base.words.clone(),
                 words: HashMap::new(),
                 views,
                 last: 0,
                 fenced: 0,
                 concurrent: false,
                 without,
+                told: base.told.clone(),
             })),
             tick: Arc::default(),
             thread: 0,
@@ -123,6 +146,27 @@ impl Weak {
 
     fn begin(&self) {
         self.state.lock().unwrap().concurrent = true;
+    }
+
+    /// The writer tells what it did.
+    fn tell(&self, tell: impl FnOnce(&mut Told)) {
+        let mut state = self.state.lock().unwrap();
+        state.told.number = state.last;
+        tell(&mut state.told);
+    }
+
+    /// A reader hears what was done; so it was done before all that it sees from here on.
+    fn hear(&self) -> Told {
+        let mut state = self.state.lock().unwrap();
+        let told = state.told.clone();
+        let view = &mut state.views[self.thread];
+        view.all = view.all.max(told.number);
+        told
+    }
+
+    /// Records without a key up to here may be gone.
+    fn truncating(&self) -> u64 {
+        self.state.lock().unwrap().told.truncating
     }
 
     /// Lets another thread go on, if the scheduler wants it; and one that waits for
@@ -227,7 +271,23 @@ impl Weak {
             history.unwrap_or(before.to_vec()).into_iter()
         };
         let numbered = values(loc.0 / 8 + 1).find(|write| write.value == seq);
+        // Or a batch that commits it was put in force.
+        let batched = AREAS.iter().any(|area| {
+            let pair = |n: u64| area / 8 + 8 + n * 2;
+            let mut pairs = (0..BATCH).flat_map(|n| values(pair(n)));
+            pairs.any(|write| {
+                write.value == loc.0
+                    && values(area / 8).any(|first| {
+                        first.value != 0
+                            && first.number > write.number
+                            && first.number <= state.fenced
+                    })
+            })
+        });
         numbered.is_some_and(|numbered| {
+            if batched && numbered.number <= state.fenced {
+                return true;
+            }
             values(loc.0 / 8).any(|write| {
                 // Type 1, a put, stored with or after the number.
                 (write.value >> 32) as u8 == 1
@@ -344,11 +404,15 @@ fn mix(n: u64, tag: u64) -> u64 {
     (n ^ tag.rotate_left(17)).wrapping_mul(0x9e37_79b9_7f4a_7c15)
 }
 
-/// Stages a put of a few words that say whose they are and which.
-fn put<P: Pmem>(store: &mut Store<P, HostFrames, Vec<u64>>, n: u64, tag: u64, extent: bool) {
-    let Some(frame) = store.frames().alloc(None, Need::New) else {
-        return;
-    };
+/// Stages a put of a few words that say whose they are and which; its number, unless
+/// there is no space.
+fn put<P: Pmem>(
+    store: &mut Store<P, HostFrames, Vec<u64>>,
+    n: u64,
+    tag: u64,
+    extent: bool,
+) -> Option<u64> {
+    let frame = store.frames().alloc(None, Need::New)?;
     let key = key(n);
     let mut bytes = Vec::new();
     for word in [n, tag, mix(n, tag)] {
@@ -369,39 +433,54 @@ fn put<P: Pmem>(store: &mut Store<P, HostFrames, Vec<u64>>, n: u64, tag: u64, ex
         mode: PutMode::Upsert,
         if_seq: None,
     };
-    match store.put(&args) {
-        Ok(_) | Err(Error::NoSpace) => (),
+    let done = match store.put(&args) {
+        Ok(done) => Some(done.seq),
+        Err(Error::NoSpace) => None,
         Err(error) => panic!("{error:?}"),
-    }
+    };
     store.frames().unhold(frame, 0).unwrap();
+    done
 }
 
 /// A store with so many keys, to begin with.
 struct Base {
     words: Arc<Vec<u64>>,
     keys: u64,
+    told: Told,
     /// Sequence number of each key that is left alone.
     untouched: BTreeMap<u64, u64>,
 }
 
 impl Base {
-    fn new(keys: u64) -> Arc<Self> {
+    /// In as many record frames as `attaches`, or more. Some frames end with a record that
+    /// is dead, some begin with one without a key.
+    fn new(keys: u64, attaches: u64) -> Arc<Self> {
         let memory = Memory::new(LEN);
         format(&memory, &params()).unwrap();
-        let mut store = recovered(&memory);
-        let mut untouched = BTreeMap::new();
-        for n in 0..keys {
-            put(&mut store, n, n, n % 4 == 1);
-            if n % 3 == 0 {
-                untouched.insert(n, n + 1);
+        let mut told = Told::default();
+        for attach in 0..attaches {
+            let mut store = recovered(&memory);
+            let first = keys * attach / attaches;
+            if attach > 0 {
+                told.log.extend(put(&mut store, KEYLESS, attach, false));
+                if attach % 2 == 0 && !always(first - 1) {
+                    store.delete(&key(first - 1), None).unwrap();
+                    told.keys.remove(&(first - 1));
+                }
             }
+            for n in first..keys * (attach + 1) / attaches {
+                told.keys
+                    .insert(n, put(&mut store, n, n, n % 4 == 1).unwrap());
+            }
+            store.commit().unwrap();
         }
-        store.commit().unwrap();
-        drop(store);
+        let untouched = told.keys.iter().filter(|(n, _)| *n % 3 == 0);
+        let untouched = untouched.map(|(n, seq)| (*n, *seq)).collect();
         let words = (0..LEN / 8).map(|word| memory.load(word * 8).unwrap());
         Arc::new(Base {
             words: Arc::new(words.collect()),
             keys,
+            told,
             untouched,
         })
     }
@@ -422,7 +501,7 @@ fn random(below: u64) -> u64 {
 
 /// One schedule: a writer and readers around the same few keys.
 fn schedule(base: &Arc<Base>, without: Without) {
-    let weak = Weak::new(base.words.clone(), READERS, without);
+    let weak = Weak::new(base, READERS, without);
     let mut store = recovered(weak.of_thread(0));
     // Hardly any room: what is given back is used again at once.
     let all: Vec<_> = std::iter::from_fn(|| store.frames().alloc(None, Need::New)).collect();
@@ -445,40 +524,113 @@ fn schedule(base: &Arc<Base>, without: Without) {
         })
         .collect();
     for tag in 1..=5 {
-        for _ in 0..1 + random(3) {
-            let n = near + random(NEAR);
-            match random(4) {
-                3 => put(&mut store, KEYLESS, (tag << 32) | random(1 << 20), false),
-                _ if n % 3 == 0 => (),
-                0 if !always(n) => drop(store.delete(&key(n), None)),
-                1 if n > base.keys && always(n) => (),
-                _ => put(&mut store, n, (tag << 32) | random(1 << 20), random(2) == 0),
-            }
-        }
-        store.commit().unwrap();
-        if random(2) == 0 {
-            store.sync_pending().unwrap();
-        }
+        change(&weak, &mut store, base, near, tag);
     }
+    MOVED.fetch_add(store.stats().moved_records, Ordering::Relaxed);
     for reader in readers {
         reader.join().unwrap();
     }
+}
+
+type Written = Store<Weak, HostFrames, Vec<u64>>;
+
+/// What the writer does at a time; it says what is done.
+fn change(weak: &Weak, store: &mut Written, base: &Base, near: u64, tag: u64) {
+    let mut done: Vec<(u64, Option<u64>)> = Vec::new();
+    for _ in 0..1 + random(3) {
+        let n = near + random(NEAR);
+        let tag = (tag << 32) | random(1 << 20);
+        match random(4) {
+            3 => done.extend(put(store, KEYLESS, tag, false).map(|seq| (KEYLESS, Some(seq)))),
+            _ if n % 3 == 0 => (),
+            0 if !always(n) => {
+                if store.delete(&key(n), None).is_ok() {
+                    done.push((n, None));
+                }
+            }
+            1 if n > base.keys && always(n) => (),
+            _ => done.extend(put(store, n, tag, random(2) == 0).map(|seq| (n, Some(seq)))),
+        }
+    }
+    store.commit().unwrap();
+    weak.tell(|told| {
+        for (n, seq) in done {
+            match (n, seq) {
+                (KEYLESS, Some(seq)) => drop(told.log.insert(seq)),
+                (_, Some(seq)) => drop(told.keys.insert(n, seq)),
+                (_, None) => drop(told.keys.remove(&n)),
+            }
+        }
+    });
+    match random(6) {
+        0 | 1 => store.sync_pending().unwrap(),
+        2 => {
+            let mut scratch = [Extent::new(0, 0); 4];
+            match store.compact(random(2) * random(base.keys), &mut scratch) {
+                Ok(_) | Err(Error::NoSpace) => (),
+                Err(error) => panic!("{error:?}"),
+            }
+            if random(2) == 0 {
+                store.sync_pending().unwrap();
+            }
+        }
+        3 => {
+            let seq = random(store.stats().durable_seq) + 1;
+            weak.tell(|told| told.truncating = told.truncating.max(seq));
+            store.truncate(seq).unwrap();
+            weak.tell(|told| told.truncated = told.truncated.max(seq));
+            if random(2) == 0 {
+                store.drain(1 + random(40) as u32).unwrap();
+            }
+        }
+        _ => pair(store, (tag << 32) | random(1 << 20)),
+    }
+}
+
+/// Puts or deletes both of the pair, or neither.
+fn pair(store: &mut Written, tag: u64) {
+    store.begin_atomic().unwrap();
+    if random(4) == 0 {
+        for n in PAIR {
+            let _ = store.delete(&key(n), None);
+        }
+    } else {
+        let both = PAIR.map(|n| put(store, n, tag, random(2) == 0));
+        if both.contains(&None) {
+            return store.abort();
+        }
+    }
+    store.commit().unwrap();
 }
 
 /// One call of a reader, and whether what it says can be.
 fn read(reader: &Reader<Weak>, base: &Base, near: u64) {
     let n = near + random(NEAR);
     let there = |n: &u64| always(*n) && *n < base.keys;
-    match random(5) {
-        0 | 1 => {
+    let told = match random(3) {
+        0 => base.told.clone(),
+        _ => reader.pm().hear(),
+    };
+    match random(8) {
+        // One that is moved meanwhile is found again.
+        0 | 1 => loop {
             let Some(record) = tried(reader.get(&key(n))) else {
                 return;
             };
             assert!(record.is_some() || !there(&n), "key {n} is there");
-            if let Some(record) = record {
-                assert!(look(reader, base, &record).is_none_or(|found| found == n));
+            let Some(record) = record else {
+                return;
+            };
+            if let Some(seq) = told.keys.get(&n) {
+                assert!(record.seq >= *seq, "key {n} has a record of before");
             }
-        }
+            if let Some(found) = look(reader, base, &record) {
+                return assert_eq!(found, n);
+            }
+            if !base.untouched.contains_key(&n) {
+                return;
+            }
+        },
         2 | 3 => {
             let up = random(2) == 0;
             let direction = if up {
@@ -508,34 +660,70 @@ fn read(reader: &Reader<Weak>, base: &Base, near: u64) {
                 }
             }
         }
-        _ => {
-            // Anywhere, or where the new ones are.
-            let mut from = match random(2) {
-                0 => random(base.keys + 4),
-                _ => base.keys + random(6),
-            };
-            let Some(mut record) = tried(reader.log_from(from)) else {
+        4 | 5 => {
+            let both = reader.snapshot(|reader| Ok([one(reader, base, 0)?, one(reader, base, 1)?]));
+            let Some([Some(one), Some(other)]) = tried(both) else {
                 return;
             };
-            for _ in 0..3 {
-                let end = record.map_or(u64::MAX, |record| record.seq);
-                assert!(end >= from, "the log goes back");
-                let passed = base
-                    .untouched
-                    .values()
-                    .find(|seq| (from..end).contains(seq));
-                assert_eq!(passed, None, "the log leaves a record out");
-                let Some(here) = record else {
-                    return;
-                };
-                look(reader, base, &here);
-                from = end + 1;
-                let Some(next) = tried(reader.log_after(&here)) else {
-                    return;
-                };
-                record = next;
-            }
+            PAIRS.fetch_add(u64::from(one.is_some()), Ordering::Relaxed);
+            assert_eq!(one, other, "half of a batch");
         }
+        _ => scan(reader, base, &told),
+    }
+}
+
+/// The tag that one of the pair has now, if it is there; nothing if it was gone when it
+/// was looked at again.
+fn one(reader: &Reader<Weak>, base: &Base, which: usize) -> Result<Option<Option<u64>>> {
+    let Some(record) = reader.get(&key(PAIR[which]))? else {
+        return Ok(Some(None));
+    };
+    let mut bytes = [0; 8];
+    record.read(reader.pm(), &reader.superblock().geometry, 8, &mut bytes)?;
+    let tag = u64::from_le_bytes(bytes);
+    Ok(look(reader, base, &record).map(|_| Some(tag)))
+}
+
+/// Goes over a part of the log.
+fn scan(reader: &Reader<Weak>, base: &Base, told: &Told) {
+    // Anywhere, or where the new ones are.
+    let mut from = match random(2) {
+        0 => random(base.keys + 4),
+        _ => base.keys + random(6),
+    };
+    let Some(mut record) = tried(reader.log_from(from)) else {
+        return;
+    };
+    for _ in 0..[3, 12][random(2) as usize] {
+        let end = record.map_or(u64::MAX, |record| record.seq);
+        assert!(end >= from, "the log goes back");
+        let passed = base
+            .untouched
+            .values()
+            .find(|seq| (from..end).contains(seq));
+        assert_eq!(passed, None, "the log leaves a record out");
+        let passed = told.log.range(from..end).next_back();
+        assert!(
+            passed.is_none_or(|seq| *seq <= reader.pm().truncating()),
+            "the log leaves {passed:?} out"
+        );
+        let Some(here) = record else {
+            return;
+        };
+        assert!(
+            here.keyed() || here.seq > told.truncated,
+            "the log has {}, up to {} is truncated",
+            here.seq,
+            told.truncated
+        );
+        if let Some(seq) = look(reader, base, &here).and_then(|n| told.keys.get(&n)) {
+            assert!(here.seq >= *seq, "the log has a replaced record");
+        }
+        from = end + 1;
+        let Some(next) = tried(reader.log_after(&here)) else {
+            return;
+        };
+        record = next;
     }
 }
 
@@ -590,39 +778,43 @@ fn schedules(usual: usize) -> usize {
     std::env::var("PMSKB_SCHEDULES").map_or(usual, |n| n.parse().unwrap())
 }
 
-fn run(scheduler: impl Scheduler + 'static, keys: u64, without: Without) -> usize {
+fn run(scheduler: impl Scheduler + 'static, size: (u64, u64), without: Without) -> usize {
     let mut config = Config::new();
     config.stack_size = 1 << 20;
     config.max_steps = MaxSteps::ContinueAfter(400_000);
     config.silence_warnings = true;
-    let base = Base::new(keys);
+    let base = Base::new(size.0, size.1);
     Runner::new(scheduler, config).run(move || schedule(&base, without))
 }
 
-/// Few keys; a leaf about to be split; two leaves, the second about to go.
-const SIZES: [u64; 3] = [6, 60, 64];
+/// Few keys; a leaf about to be split; two leaves, the second about to go; many record
+/// frames with little in them. Keys, and attaches that put them.
+const SIZES: [(u64, u64); 4] = [(6, 1), (60, 1), (64, 1), (24, 8)];
 
 #[test]
 fn readers_are_never_told_what_was_not() {
     let (mut ran, count) = (0, schedules(150));
-    for keys in SIZES {
+    for size in SIZES {
         ran += run(
-            RandomScheduler::new_from_seed(keys, count),
-            keys,
+            RandomScheduler::new_from_seed(size.0, count),
+            size,
             Without::Nothing,
         );
         for depth in [2, 4, 8] {
-            let pct = PctScheduler::new_from_seed(keys, depth, count);
-            ran += run(pct, keys, Without::Nothing);
+            let pct = PctScheduler::new_from_seed(size.0, depth, count);
+            ran += run(pct, size, Without::Nothing);
         }
     }
     let of = |count: &AtomicU64| count.load(Ordering::Relaxed);
     let (stale, reads, gone, busy) = (of(&STALE), of(&READS), of(&GONE), of(&BUSY));
+    let (pairs, moved) = (of(&PAIRS), of(&MOVED));
     println!(
         "{ran} schedules, {stale} loads of old values, {reads} records read, \
-         {gone} of them gone when looked at again, given up {busy} times"
+         {gone} of them gone when looked at again, {pairs} pairs, {moved} records moved, \
+         given up {busy} times"
     );
     assert!(stale > 1000 && reads > 1000 && gone > 10 && busy * 10 < reads);
+    assert!(pairs > 100 && moved > 100);
 }
 
 /// The model tells when a host does not keep what the core relies on.
@@ -630,9 +822,9 @@ fn readers_are_never_told_what_was_not() {
 fn a_weaker_memory_is_noticed() {
     for without in [Without::LoadFence, Without::Acquire, Without::Release] {
         let noticed = std::thread::spawn(move || {
-            for keys in SIZES {
-                run(RandomScheduler::new_from_seed(keys, 2000), keys, without);
-                run(PctScheduler::new_from_seed(keys, 4, 2000), keys, without);
+            for size in SIZES {
+                run(RandomScheduler::new_from_seed(size.0, 2000), size, without);
+                run(PctScheduler::new_from_seed(size.0, 4, 2000), size, without);
             }
         });
         assert!(
