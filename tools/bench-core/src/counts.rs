@@ -53,7 +53,7 @@ fn put(store: &mut SimStore, key: Key<'_>, frame: Frame) -> Result<()> {
         extents: &[Extent::new(frame.off(), 1024)],
         meta: Meta::default(),
         mode: PutMode::Upsert,
- if_seq: None,
+        if_seq: None,
     };
     core(store.put(&args)).map(|_| ())
 }
@@ -77,7 +77,13 @@ fn prepared() -> Result<(SimStore, Vec<Frame>)> {
     };
     let work = vec![0; SimStore::WORK_WORDS];
     let frames = core(HostFrames::new(&geo))?;
-    let (mut store, _) = core(Store::recover(pm, frames, work, host::list, RecoverOptions::default()))?;
+    let (mut store, _) = core(Store::recover(
+        pm,
+        frames,
+        work,
+        host::list,
+        RecoverOptions::default(),
+    ))?;
     let mut frames = Vec::new();
     for _ in 0..110 {
         let frame = store.frames().alloc(None, Need::New);

@@ -50,7 +50,13 @@ pub fn host(map: &MappedFile) -> Result<(HostFrames, Vec<u64>)> {
 /// Attaches a region's store.
 pub fn attach(map: &MappedFile) -> Result<(MapStore<'_>, Report)> {
     let (frames, work) = host(map)?;
-    core(Store::recover(map, frames, work, host::list, RecoverOptions::default()))
+    core(Store::recover(
+        map,
+        frames,
+        work,
+        host::list,
+        RecoverOptions::default(),
+    ))
 }
 
 /// Puts objects that lie one after the other in frames.
@@ -97,7 +103,7 @@ impl<'a> Filler<'a> {
             extents: &[extent],
             meta: Meta::default(),
             mode: PutMode::Upsert,
- if_seq: None,
+            if_seq: None,
         };
         core(self.store.put(&args)).map(|_| ())
     }

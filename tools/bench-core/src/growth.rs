@@ -25,7 +25,7 @@ fn fresh(filler: &mut Filler<'_>, from: u64) -> Result<Vec<(u64, Extent)>> {
         .map(|n| {
             let extent = filler.room(LEN)?;
             for frame in extent.frames() {
-                core(filler.store.frames().hold(frame))?;
+                core(filler.store.frames().hold(frame, 0))?;
             }
             core(
                 filler

@@ -6,6 +6,7 @@ use crate::filler::{attach, core, format, host, key, Filler};
 use crate::map::MappedFile;
 use crate::timing::{median, per_op};
 use anyhow::{bail, Context, Result};
+use pmskb_core::host::list;
 use pmskb_core::sim::Rng;
 use pmskb_core::{RecoverOptions, Store, FRAME_SIZE};
 use serde_json::{json, Value};
@@ -40,7 +41,7 @@ fn measure(records: u64, keyed: bool, runs: u64) -> Result<Row> {
         tables.push(ns);
         let options = RecoverOptions::default();
         let (ns, done) = per_op(1_000_000_000, || {
-            Store::recover(&map, frames, work, host::list, options)
+            Store::recover(&map, frames, work, list, options)
         });
         times.push(ns);
         let (store, report) = core(done)?;

@@ -50,6 +50,8 @@ struct State {
     counts: SimCounts,
     /// Everything fails from this event on.
     stop: u64,
+    /// And from this fence on.
+    stop_fence: u64,
     flushed_any: bool,
 }
 
@@ -146,6 +148,7 @@ impl SimPm {
                 cache: BTreeMap::new(),
                 counts: SimCounts::default(),
                 stop: u64::MAX,
+                stop_fence: u64::MAX,
                 flushed_any: false,
             }),
         }
@@ -164,6 +167,11 @@ impl SimPm {
     /// From event number `event` on, every change fails: the crash comes there.
     pub fn stop_at(&self, event: u64) {
         self.state.borrow_mut().stop = event;
+    }
+
+    /// The crash comes instead of fence number `fence`, when most is at stake.
+    pub fn stop_at_fence(&self, fence: u64) {
+        self.state.borrow_mut().stop_fence = fence;
     }
 
     /// Lines that a crash now could lose, without those of the live page and of
@@ -375,6 +383,9 @@ impl Pmem for SimPm {
 
     fn fence(&self) {
         let mut state = self.state.borrow_mut();
+        if state.counts.fences >= state.stop_fence {
+            state.stop = state.stop.min(state.counts.events);
+        }
         if state.event().is_err() {
             return;
         }

@@ -4,7 +4,7 @@
 //! checksums right again, so that what lies behind them is reached.
 
 use crate::scratch::Scratch;
-use crate::seed::SALT;
+use crate::seed::{BATCHES, SALT};
 use arbitrary::{Result, Unstructured};
 use pmskb_core::{Extent, Geometry, Pmem, FRAME_SIZE, LINE_SIZE};
 use std::collections::BTreeSet;
@@ -13,6 +13,8 @@ const LINES: u64 = FRAME_SIZE / LINE_SIZE;
 const TYPE_PUT: u8 = 1;
 const TYPE_KILLED: u8 = 0xdd;
 const KEY_EXTENT: u16 = 1 << 6;
+/// Bytes of a batch area.
+const BATCH: u64 = 20480;
 
 /// Where the parts of an undamaged image are.
 pub struct Anatomy {
@@ -129,7 +131,7 @@ impl Anatomy {
         let last = self.geo.data_end();
         let word =
             |input: &mut Unstructured<'_>, len: u64| Ok(input.int_in_range(0..=len / 8 - 1)? * 8);
-        let off = match input.int_in_range(0..=9u8)? {
+        let off = match input.int_in_range(0..=10u8)? {
             0 => *input.choose(&[0, last])? + word(input, 512)?,
             1 => self.geo.map_off + word(input, self.geo.region_len / FRAME_SIZE / 8)?,
             2 => pmskb_core::LIVE_OFF + word(input, 80)?,
@@ -138,11 +140,13 @@ impl Anatomy {
             5 if !self.nodes.is_empty() => *input.choose(&self.nodes)? + word(input, FRAME_SIZE)?,
             6 => return self.copy(mem, input, touched),
             7 => input.int_in_range(0..=self.geo.region_len - 8)?,
+            // Few of its words are in use.
+            8 => *input.choose(&[BATCHES, BATCHES + BATCH])? + word(input, 3 * LINE_SIZE)?,
             // A record's own fields.
             _ => *input.choose(&self.firsts)? + word(input, 4 * LINE_SIZE)?,
         };
         let old = u64_at(mem, off);
-        let bits = input.int_in_range(0..=7u8)?;
+        let bits = input.int_in_range(0..=8u8)?;
         let new = match bits {
             // One of its parts, small or large.
             0 => old & !0xff | input.arbitrary::<u8>()? as u64,
@@ -156,6 +160,8 @@ impl Anatomy {
                 extent.pack().unwrap_or(0)
             }
             6 => self.place(input)?,
+            // As a batch has it: the first word of something.
+            7 => u64_at(mem, self.place(input)?),
             _ => input.arbitrary()?,
         };
         let _ = mem.write(off, &new.to_le_bytes());
@@ -202,6 +208,8 @@ impl Anatomy {
             let _ = mem.read(frame, &mut bytes);
             let crc = mem.crc32c(0, &bytes[12..]);
             let _ = mem.write(frame + 8, &crc.to_le_bytes());
+        } else if (BATCHES..self.geo.map_off).contains(&frame) {
+            self.repair_batch(mem, BATCHES + (frame - BATCHES) / BATCH * BATCH);
         } else if let Some((_, nonce)) = self.lists.iter().find(|list| list.0 == frame) {
             let head = line_at(mem, frame);
             let count = u64::from(u32_at(mem, frame + 32)).min(8 * (LINES - 1));
@@ -213,6 +221,18 @@ impl Anatomy {
         } else if u32_at(mem, frame + 4).to_le_bytes() == *b"PKrf" {
             self.repair_records(mem, frame);
         }
+    }
+
+    /// Puts a batch in force, if it looks like one.
+    fn repair_batch(&self, mem: &Scratch, area: u64) {
+        let head = line_at(mem, area);
+        let most = (BATCH - LINE_SIZE) / 16;
+        let mut pairs = vec![0; u64::from(u32_at(mem, area + 16)).min(most) as usize * 16];
+        let _ = mem.read(area + LINE_SIZE, &mut pairs);
+        let pairs = mem.crc32c(0, &pairs);
+        let crc = mem.crc32c(mem.crc32c(0, &SALT.to_le_bytes()), &head[4..]);
+        let crc = mem.crc32c(crc, &pairs.to_le_bytes());
+        let _ = mem.write(area, &crc.to_le_bytes());
     }
 
     fn repair_records(&self, mem: &Scratch, frame: u64) {

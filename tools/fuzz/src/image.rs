@@ -31,31 +31,37 @@ impl Watched {
 }
 
 impl Frames for Watched {
-    fn alloc(&self) -> Option<Frame> {
-        self.frames.alloc()
+    fn alloc(&self, near: Option<Frame>, need: Need) -> Option<Frame> {
+        self.frames.alloc(near, need)
     }
-    fn hold(&self, frame: Frame) -> Result<()> {
-        self.frames.hold(frame)
+    fn hold(&self, frame: Frame, bytes: u32) -> Result<()> {
+        self.frames.hold(frame, bytes)
     }
-    fn unhold(&self, frame: Frame) -> Result<u32> {
+    fn unhold(&self, frame: Frame, bytes: u32) -> Result<u32> {
         self.inside(frame);
-        let left = self.frames.unhold(frame, 0);
+        let left = self.frames.unhold(frame, bytes);
         assert!(
             left.is_ok(),
             "{frame:?} is given back once more than it was taken"
         );
         left
     }
-    fn claim(&self, frame: Frame) -> Result<()> {
+    fn claim(&self, frame: Frame, bytes: u32) -> Result<()> {
         self.inside(frame);
-        self.frames.claim(frame)
+        self.frames.claim(frame, bytes)
+    }
+    fn used(&self, frame: Frame) -> u32 {
+        self.frames.used(frame)
+    }
+    fn held(&self, frame: Frame) -> bool {
+        self.frames.held(frame)
     }
 }
 
 type DamagedStore<'a> = Store<&'a Scratch, Watched, Vec<u64>>;
 
 thread_local! {
-    static BASES: [(Scratch, Anatomy); 2] = [Left::Closed, Left::Attached].map(|left| {
+    static BASES: [(Scratch, Anatomy); 3] = [Left::Closed, Left::Attached, Left::InForce].map(|left| {
         let mem = Scratch::new(seed::image(left));
         let anatomy = Anatomy::of(&mem);
         (mem, anatomy)
@@ -65,16 +71,16 @@ thread_local! {
 pub fn run(data: &[u8]) {
     BASES.with(|bases| {
         let mut input = Unstructured::new(data);
-        let which = usize::from(input.arbitrary::<bool>().unwrap_or(false));
-        let (mem, anatomy) = &bases[which];
+        let Ok((mem, anatomy)) = input.choose(bases) else {
+            return;
+        };
         mem.reset();
         mem.allow(u64::MAX);
         let Ok(read_only) = anatomy.damage(mem, &mut input) else {
             return;
         };
-        let in_order = anatomy.in_order(mem);
         mem.allow(BUDGET);
-        use_it(mem, read_only, in_order, &mut input);
+        use_it(mem, anatomy, read_only, &mut input);
     });
 }
 
@@ -102,9 +108,7 @@ fn key_of(store: &DamagedStore<'_>, record: &Record) -> Vec<u8> {
 fn scan(store: &DamagedStore<'_>) -> Seen {
     let mut seen = Seen::new();
     let mut part = [0; 4096];
-    // Damage can truncate the log, which nothing else does yet.
-    let first = store.superblock().trunc_seq.saturating_add(1);
-    let mut next = store.log_from(first).expect("the log cannot be read");
+    let mut next = store.log_from(0).expect("the log cannot be read");
     let mut last = None;
     while let Some(record) = next {
         assert!(
@@ -155,10 +159,12 @@ fn scan(store: &DamagedStore<'_>) -> Seen {
     seen
 }
 
-fn use_it(mem: &Scratch, read_only: bool, in_order: bool, input: &mut Unstructured<'_>) {
+fn use_it(mem: &Scratch, anatomy: &Anatomy, read_only: bool, input: &mut Unstructured<'_>) {
     let Ok((mut store, _)) = recover(mem, read_only) else {
         return;
     };
+    // Of what batches in force have made of it.
+    let in_order = anatomy.in_order(mem);
     let mut right = scan(&store);
     let mut changed = Ok(());
     if !read_only {
@@ -175,9 +181,27 @@ fn use_it(mem: &Scratch, read_only: bool, in_order: bool, input: &mut Unstructur
         "it cannot be closed: {closed:?}"
     );
     match recover(mem, read_only) {
-        Ok((store, _)) if in_order => compare(&right, &scan(&store), "after another recovery"),
-        Ok((store, _)) => drop(scan(&store)),
+        Ok((mut store, _)) => {
+            let now = scan(&store);
+            if in_order {
+                compare(&right, &now, "after another recovery");
+            }
+            if !read_only {
+                still_takes(&mut store);
+            }
+        }
         Err(error) => assert!(!in_order, "it was recovered once, but not again: {error:?}"),
+    }
+}
+
+/// Whatever is wrong with what is there: a store that was recovered takes something new.
+fn still_takes(store: &mut DamagedStore<'_>) {
+    for n in 0..2 {
+        let done = put(store, &mut Seen::new(), None, n).and_then(|()| store.commit());
+        assert!(
+            matches!(done, Ok(()) | Err(Error::NoSpace)),
+            "it takes nothing new: {done:?}"
+        );
     }
 }
 
@@ -198,7 +222,7 @@ fn compare(before: &Seen, now: &Seen, when: &str) {
     }
 }
 
-/// Some puts and deletes. Keeps `right` what the store must hold.
+/// Some changes. Keeps `right` what the store must hold.
 fn change(
     store: &mut DamagedStore<'_>,
     right: &mut Seen,
@@ -208,10 +232,17 @@ fn change(
     for n in 0..input.int_in_range(0..=12u64).unwrap_or(0) {
         let choice = input.arbitrary::<u8>().unwrap_or(0);
         let old = input.choose(&keys).ok().cloned();
-        let done = match (choice % 4, old) {
-            (0, Some(key)) => delete(store, right, &key),
-            (1, Some(key)) => put(store, right, Some(&key), n),
-            (2, _) => put(store, right, None, n),
+        let done = match (choice % 8, old) {
+            (0 | 1, Some(key)) => delete(store, right, &key),
+            (2, Some(key)) => put(store, right, Some(&key), n),
+            (3, _) => put(store, right, None, n),
+            (4, Some(key)) => both(store, right, &key, n, choice & 0x40 != 0),
+            (5, _) => {
+                let seqs: Vec<u64> = right.keys().copied().collect();
+                let seq = input.choose(&seqs).copied().unwrap_or(0);
+                truncate(store, right, seq)
+            }
+            (6, _) => compact(store),
             _ => put(store, right, Some(&[choice, n as u8]), n),
         };
         match done {
@@ -223,6 +254,44 @@ fn change(
         }
     }
     store.commit()
+}
+
+/// A replace and an append that belong together; or neither.
+fn both(
+    store: &mut DamagedStore<'_>,
+    right: &mut Seen,
+    key: &[u8],
+    n: u64,
+    drop: bool,
+) -> Result<()> {
+    store.begin_atomic()?;
+    let mut after = right.clone();
+    let staged =
+        put(store, &mut after, Some(key), n).and_then(|()| put(store, &mut after, None, n));
+    if staged.is_err() || drop {
+        store.abort();
+        return staged;
+    }
+    store.commit()?;
+    *right = after;
+    Ok(())
+}
+
+fn truncate(store: &mut DamagedStore<'_>, right: &mut Seen, seq: u64) -> Result<()> {
+    store.truncate(seq)?;
+    right.retain(|other, (key, _)| key.is_some() || *other > seq);
+    while store.drain(16)? {}
+    Ok(())
+}
+
+/// All steps, as long as there is room.
+fn compact(store: &mut DamagedStore<'_>) -> Result<()> {
+    let mut from = Some(0);
+    let mut extents = [Extent::new(0, 0); 600];
+    while let Some(at) = from {
+        from = store.compact(at, &mut extents)?.next;
+    }
+    Ok(())
 }
 
 fn forget(right: &mut Seen, key: &[u8]) {
@@ -239,7 +308,10 @@ fn delete(store: &mut DamagedStore<'_>, right: &mut Seen, key: &[u8]) -> Result<
 
 fn put(store: &mut DamagedStore<'_>, right: &mut Seen, key: Option<&[u8]>, n: u64) -> Result<()> {
     let bytes = bytes_of(n, 200);
-    let frame = store.frames().alloc(None, Need::New).ok_or(Error::NoSpace)?;
+    let frame = store
+        .frames()
+        .alloc(None, Need::New)
+        .ok_or(Error::NoSpace)?;
     store.pm().write(frame.off(), &bytes)?;
     let args = PutArgs {
         key: key.map_or(Key::None, Key::Bytes),
@@ -249,7 +321,7 @@ fn put(store: &mut DamagedStore<'_>, right: &mut Seen, key: Option<&[u8]>, n: u6
             ..Meta::default()
         },
         mode: PutMode::Upsert,
- if_seq: None,
+        if_seq: None,
     };
     let done = store.put(&args);
     store.frames().unhold(frame, 0)?;

@@ -11,6 +11,8 @@ use pmskb_core::*;
 pub const LEN: u64 = 8 << 20;
 /// Of its format: what a nonce is made of.
 pub const SALT: u64 = 0x5eed_5eed_1234_5678;
+/// Where the batch areas start; they end where the frame map starts.
+pub const BATCHES: u64 = 8192;
 
 type MemoryStore<'a> = Store<&'a Memory, HostFrames, Vec<u64>>;
 
@@ -21,6 +23,8 @@ pub enum Left {
     Closed,
     /// Attached, with a batch staged, and replaced records not killed.
     Attached,
+    /// A batch area is in force, and none of its words are in their places.
+    InForce,
 }
 
 /// A store's image.
@@ -30,14 +34,47 @@ pub fn image(left: Left) -> Vec<u8> {
     let geo = probe(&memory).unwrap().superblock.geometry;
     let frames = HostFrames::new(&geo).unwrap();
     let work = vec![0; MemoryStore::WORK_WORDS];
-    let (mut store, _) = Store::recover(&memory, frames, work, host::list, RecoverOptions::default()).unwrap();
+    let (mut store, _) =
+        Store::recover(&memory, frames, work, host::list, RecoverOptions::default()).unwrap();
     fill(&mut store);
-    if left == Left::Closed {
-        store.close().0.unwrap();
+    let now = || {
+        let mut bytes = vec![0; LEN as usize];
+        memory.read(0, &mut bytes).unwrap();
+        bytes
+    };
+    match left {
+        Left::Closed => {
+            store.close().0.unwrap();
+            now()
+        }
+        Left::Attached => {
+            // Staged for ever.
+            put(&mut store, 600, Some("never committed"), &mut Rng(2));
+            now()
+        }
+        Left::InForce => {
+            store.sync_pending().unwrap();
+            stage_batch(&mut store, 2);
+            let mut bytes = now();
+            store.commit().unwrap();
+            let areas = BATCHES as usize..geo.map_off as usize;
+            bytes[areas.clone()].copy_from_slice(&now()[areas]);
+            bytes
+        }
     }
-    let mut bytes = vec![0; LEN as usize];
-    memory.read(0, &mut bytes).unwrap();
-    bytes
+}
+
+/// Puts, a replace and a delete, to be committed at once.
+fn stage_batch(store: &mut MemoryStore<'_>, nr: u64) {
+    let mut rng = Rng(10 + nr);
+    store.begin_atomic().unwrap();
+    for n in 0..4 {
+        put(store, 700 + n, Some(&format!("batch {nr}, {n}")), &mut rng);
+    }
+    put(store, 710 + nr, None, &mut rng);
+    put(store, 720 + nr, Some(&format!("key {}", 3 + nr)), &mut rng);
+    let old = format!("key {}", 43 + 5 * nr);
+    store.delete(old.as_bytes(), None).unwrap();
 }
 
 fn fill(store: &mut MemoryStore<'_>) {
@@ -67,8 +104,11 @@ fn fill(store: &mut MemoryStore<'_>) {
         put(store, 500 + n, Some(&format!("key {n}")), &mut rng);
     }
     store.commit().unwrap();
-    // Staged for ever: only the attached image shows it.
-    put(store, 600, Some("never committed"), &mut rng);
+    // So that there is something in both batch areas.
+    for nr in 0..2 {
+        stage_batch(store, nr);
+        store.commit().unwrap();
+    }
 }
 
 fn meta(n: u64, bytes: &[u8]) -> Meta {
@@ -118,7 +158,7 @@ fn put(store: &mut MemoryStore<'_>, n: u64, key: Option<&str>, rng: &mut Rng) {
         extents: if len == 0 { &[] } else { &extents },
         meta: meta(n, &bytes),
         mode: PutMode::Upsert,
- if_seq: None,
+        if_seq: None,
     };
     store.put(&args).unwrap();
     store.frames().unhold(frame, 0).unwrap();
@@ -143,7 +183,7 @@ fn scattered(store: &mut MemoryStore<'_>, n: u64, pieces: usize) {
         extents: &extents,
         meta: meta(n, &bytes),
         mode: PutMode::Create,
- if_seq: None,
+        if_seq: None,
     };
     store.put(&args).unwrap();
     for frame in frames {
