@@ -227,33 +227,34 @@ fn change(
     store: &mut DamagedStore<'_>,
     right: &mut Seen,
     input: &mut Unstructured<'_>,
-) -> Result<()> {
+) -> std::result::Result<(), String> {
     let keys: Vec<Vec<u8>> = right.values().filter_map(|(key, _)| key.clone()).collect();
+    let failed = |what: &str, error: Error| format!("{what}: {error:?}");
     for n in 0..input.int_in_range(0..=12u64).unwrap_or(0) {
         let choice = input.arbitrary::<u8>().unwrap_or(0);
         let old = input.choose(&keys).ok().cloned();
-        let done = match (choice % 8, old) {
-            (0 | 1, Some(key)) => delete(store, right, &key),
-            (2, Some(key)) => put(store, right, Some(&key), n),
-            (3, _) => put(store, right, None, n),
-            (4, Some(key)) => both(store, right, &key, n, choice & 0x40 != 0),
+        let (what, done) = match (choice % 8, old) {
+            (0 | 1, Some(key)) => ("delete", delete(store, right, &key)),
+            (2, Some(key)) => ("replace", put(store, right, Some(&key), n)),
+            (3, _) => ("append", put(store, right, None, n)),
+            (4, Some(key)) => ("batch", both(store, right, &key, n, choice & 0x40 != 0)),
             (5, _) => {
                 let seqs: Vec<u64> = right.keys().copied().collect();
                 let seq = input.choose(&seqs).copied().unwrap_or(0);
-                truncate(store, right, seq)
+                ("truncate", truncate(store, right, seq))
             }
-            (6, _) => compact(store),
-            _ => put(store, right, Some(&[choice, n as u8]), n),
+            (6, _) => ("compact", compact(store)),
+            _ => ("put", put(store, right, Some(&[choice, n as u8]), n)),
         };
         match done {
             Ok(()) | Err(Error::NoSpace) => (),
-            Err(error) => return Err(error),
+            Err(error) => return Err(failed(what, error)),
         }
         if choice & 0x80 != 0 {
-            store.commit()?;
+            store.commit().map_err(|error| failed("commit", error))?;
         }
     }
-    store.commit()
+    store.commit().map_err(|error| failed("commit", error))
 }
 
 /// A replace and an append that belong together; or neither.
