@@ -139,7 +139,8 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         let (mut lines, mut bytes, mut movable) = (0, 0, true);
         self.each_record(header, |store, record| {
             lines += u64::from(record.lines);
-            if record.nr_extents as usize > max_extents {
+            // What cannot be right holds nothing, and no key leads to it.
+            if record.nr_extents as usize > max_extents || store.check_record(record).is_err() {
                 movable = false;
                 return Ok(());
             }
