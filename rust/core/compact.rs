@@ -14,7 +14,8 @@ use super::batch::Batch;
 use super::frame::{hold_all, unhold_all, Frames, Need};
 use super::node::Kind;
 use super::record::{
-    key_of, kill_word, read_dead, Draft, FrameHeader, KeySrc, Locator, Record, Verdict, LINES,
+    key_of, kill_word, read_dead, Draft, FrameHeader, KeySrc, Locator, Record, Verdict,
+    INLINE_LINES, LINES,
 };
 use super::tree::{find, Goal};
 use super::{live, Buf, Error, Extent, Frame, Packer, Pmem, Result, Store, FRAME_SIZE, LINE_SIZE};
@@ -59,7 +60,7 @@ impl Default for Full {
 #[derive(Clone, Copy)]
 struct Gauge {
     header: FrameHeader,
-    /// Lines of its live records.
+    /// Lines of its live records, at most, wherever they move.
     lines: u64,
     /// Payload bytes that would be moved.
     bytes: u64,
@@ -139,6 +140,10 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         let (mut lines, mut bytes, mut movable) = (0, 0, true);
         self.each_record(header, |store, record| {
             lines += u64::from(record.lines);
+            if record.listed() {
+                // Side by side, its extents may be too few for a list.
+                lines += INLINE_LINES;
+            }
             // What cannot be right holds nothing, and no key leads to it.
             if record.nr_extents as usize > max_extents || store.check_record(record).is_err() {
                 movable = false;
@@ -166,7 +171,7 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
             Ok(())
         })?;
         let header = *header;
-        Ok(movable.then_some(Gauge {
+        Ok((movable && lines < LINES).then_some(Gauge {
             header,
             lines,
             bytes,

@@ -30,6 +30,8 @@ use core::cmp::Ordering;
 pub(super) const LINES: u64 = FRAME_SIZE / LINE_SIZE;
 /// Most extents that a record holds itself; with more, all are in lists.
 pub(super) const MAX_INLINE: u32 = 64;
+/// Lines that so many extents add to a record, at most.
+pub(super) const INLINE_LINES: u64 = (MAX_INLINE as u64 * 8).div_ceil(LINE_SIZE);
 /// Extents in one list frame.
 pub(super) const PER_LIST: u32 = ((FRAME_SIZE - LINE_SIZE) / 8) as u32;
 
@@ -905,6 +907,11 @@ pub enum Verdict {
 }
 
 impl Record {
+    /// Whether its extents are in list frames.
+    pub(super) fn listed(&self) -> bool {
+        self.flags & F_EXT_LIST != 0
+    }
+
     /// Whether it has a key.
     pub fn keyed(&self) -> bool {
         self.key_len.is_some()
@@ -927,7 +934,7 @@ impl Record {
     /// The object's extents, in its order. Each list frame is checked as it is
     /// reached, and each extent against the geometry.
     pub fn extents<'a, P: Pmem>(&self, pm: &'a P, geo: &'a Geometry) -> Extents<'a, P> {
-        let listed = self.flags & F_EXT_LIST != 0;
+        let listed = self.listed();
         Extents {
             pm,
             geo,
@@ -944,7 +951,7 @@ impl Record {
 
     /// Offsets of its list frames, in order.
     pub(super) fn lists<'a, P: Pmem>(&self, pm: &'a P, geo: &'a Geometry) -> Lists<'a, P> {
-        let listed = self.flags & F_EXT_LIST != 0;
+        let listed = self.listed();
         Lists {
             pm,
             geo,

@@ -493,3 +493,44 @@ fn a_read_only_attach_changes_nothing_durable() {
     assert_eq!(store.delete(b"a", None), Err(Error::ReadOnly));
     check(&store, &driver.model).unwrap();
 }
+
+#[test]
+fn compaction_has_room_for_extents_that_no_list_takes_any_more() {
+    let mut driver = driver();
+    // As many as fit a record frame while their extents are in lists; then pieces
+    // come to lie side by side.
+    for n in 0..31u64 {
+        let bytes = bytes_of(n + 10, 69 * 8 + 4096);
+        let mut pieces = [0; 4096];
+        for (at, piece) in bytes[..69 * 8].chunks(8).enumerate() {
+            pieces[at * 16..][..8].copy_from_slice(piece);
+        }
+        let off = driver.fill(&pieces).unwrap()[0].off;
+        let mut extents: Vec<_> = (0..69).map(|at| Extent::new(off + at * 16, 8)).collect();
+        extents.extend(driver.fill(&bytes[69 * 8..]).unwrap());
+        let key = format!("{n:064}").into_bytes();
+        let (tag, len) = (n + 10, bytes.len());
+        driver.model.staged(&Op::Put {
+            key: key.clone(),
+            tag,
+            len,
+        });
+        let args = PutArgs {
+            key: Key::Bytes(&key),
+            extents: &extents,
+            meta: Meta {
+                payload_crc: Some(crc32c_software(0, &bytes)),
+                ..Meta::default()
+            },
+            mode: PutMode::Upsert,
+            if_seq: None,
+        };
+        driver.store.put(&args).unwrap();
+    }
+    driver.run(&Op::Commit).unwrap();
+    driver.run(&Op::Recover).unwrap();
+    for op in [Op::Compact, Op::Sync, put("a", 9, 64), Op::Commit] {
+        driver.run(&op).unwrap();
+    }
+    check(&driver.store, &driver.model).unwrap();
+}
