@@ -132,7 +132,10 @@ fn put_bytes<P: Pmem>(
         store.put(&args).map(|_| ())
     };
     for extent in extents {
-        store.frames().unhold(extent.frames().next().unwrap(), 0).unwrap();
+        store
+            .frames()
+            .unhold(extent.frames().next().unwrap(), 0)
+            .unwrap();
     }
     done
 }
@@ -188,17 +191,25 @@ fn an_emptied_store_is_as_empty_as_a_new_one_after_many_cycles() {
         stats.live_bytes + counts.slack
     );
     for n in there.keys() {
-        store.delete(format!("object/{n:07}").as_bytes(), None).unwrap();
+        store
+            .delete(format!("object/{n:07}").as_bytes(), None)
+            .unwrap();
     }
     store.commit().unwrap();
     store.sync_pending().unwrap();
     let stats = store.stats();
-    assert_eq!((stats.records, stats.live_bytes, stats.record_lines), (0, 0, 0));
+    assert_eq!(
+        (stats.records, stats.live_bytes, stats.record_lines),
+        (0, 0, 0)
+    );
     // What is left: the open record frame, the frame that compaction fills, and the
     // nodes that are kept for the next commit.
     let counts = store.frames().0.borrow().counts();
     let kept = u64::from(counts.total - counts.free - counts.limbo);
-    assert!(kept <= stats.index_frames + 2, "{kept} frames kept: {stats:?}");
+    assert!(
+        kept <= stats.index_frames + 2,
+        "{kept} frames kept: {stats:?}"
+    );
     assert!(stats.index_frames <= 32, "{stats:?}");
     assert_eq!((counts.payload, counts.slack, stats.list_frames), (0, 0, 0));
     println!("{cycles} cycles, full {full} times, {kept} frames kept");

@@ -131,18 +131,18 @@ impl Store for Fake {
                 continue;
             }
             // What IF_SEQ asks for: 0 is no record.
-            let stale = |records: &BTreeMap<Vec<u8>, Found>, key: &[u8]| {
-                op.flags & sys::PMSKB_OP_IF_SEQ != 0
-                    && records.get(key).map_or(0, |f| f.seq) != op.seq
+            let stale = |seq: Option<u64>| {
+                op.flags & sys::PMSKB_OP_IF_SEQ != 0 && seq.unwrap_or(0) != op.seq
             };
+            let seq_of = |key: &[u8]| self.records.get(key).map(|(found, _)| found.seq);
             if op.opcode == sys::PMSKB_OP_DELETE {
                 assert!((1..=1024).contains(&op.key.len()));
                 let done = match self.records.get(&op.key) {
                     None => Err(io::Error::from_raw_os_error(2)),
-                    Some(_) if stale(&self.records, &op.key) => {
+                    Some((found, _)) if stale(Some(found.seq)) => {
                         Err(io::Error::from_raw_os_error(116))
                     }
-                    Some(found) => Ok(Outcome {
+                    Some((found, _)) => Ok(Outcome {
                         seq: found.seq,
                         replaced: false,
                         copied: false,
@@ -179,7 +179,7 @@ impl Store for Fake {
                 outcomes.push(Err(io::Error::from_raw_os_error(2)));
                 continue;
             }
-            if stale(&self.records, &key) {
+            if stale(seq_of(&key)) {
                 outcomes.push(Err(io::Error::from_raw_os_error(116)));
                 continue;
             }
