@@ -847,6 +847,15 @@ fn sparse() -> Maker {
     maker
 }
 
+/// All steps of a compaction.
+fn compact(maker: &mut Maker) {
+    let mut from = Some(0);
+    while let Some(at) = from {
+        let mut scratch = [Extent::new(0, 0); 100];
+        from = maker.store.compact(at, &mut scratch).unwrap().next;
+    }
+}
+
 /// Compaction, cut at every few events, and when it was over.
 fn compactions(out: &Out) {
     let step = |maker: &mut Maker| {
@@ -872,14 +881,39 @@ fn compactions(out: &Out) {
     damaged.damage(areas(&damaged)[0].0 + 80, b"!?");
     out.image("compact-bad", &damaged);
     let mut maker = base;
-    let mut from = Some(0);
-    while let Some(at) = from {
-        let mut scratch = [Extent::new(0, 0); 100];
-        from = maker.store.compact(at, &mut scratch).unwrap().next;
-    }
+    compact(&mut maker);
     out.image("compacted", maker.store.pm());
+    far(out);
     batch(&mut maker, 0).unwrap();
     out.image("compacted-batch", maker.store.pm());
+}
+
+/// Damaged records whose numbers are far above the frame's lowest: as compaction leaves
+/// them, and at the limit of what counts as torn.
+fn far(out: &Out) {
+    let mut maker = sparse();
+    maker.store.truncate(u64::MAX).unwrap();
+    compact(&mut maker);
+    let pm = maker.store.pm();
+    let base = |loc: Locator| pm.load(loc.0 / FRAME_SIZE * FRAME_SIZE + 16).unwrap();
+    let mut next = maker.store.log_from(0).unwrap();
+    while let Some(record) = next {
+        if record.seq > base(record.loc) + 70 {
+            break;
+        }
+        next = maker.store.log_after(&record).unwrap();
+    }
+    let loc = next.expect("compaction leaves a far number").loc;
+    let at_limit = base(loc) + (1 << 32);
+    for (name, at, value) in [
+        ("far", 16, 0),
+        ("furthest", 8, at_limit - 1),
+        ("too-far", 8, at_limit),
+    ] {
+        let pm = copy(pm);
+        pm.damage(loc.0 + at, &u64::to_le_bytes(value));
+        out.image(&format!("compacted-{name}"), &pm);
+    }
 }
 
 /// What power cuts leave of a store in use, at stores, flushes and fences; those with

@@ -92,6 +92,8 @@ struct Told {
     /// What was truncated; and what is about to be.
     truncated: u64,
     truncating: u64,
+    /// Nothing follows.
+    over: bool,
 }
 
 struct State {
@@ -162,6 +164,10 @@ impl Weak {
         let view = &mut state.views[self.thread];
         view.all = view.all.max(told.number);
         told
+    }
+
+    fn over(&self) -> bool {
+        self.state.lock().unwrap().told.over
     }
 
     /// Records without a key up to here may be gone.
@@ -517,8 +523,11 @@ fn schedule(base: &Arc<Base>, without: Without) {
         .into_iter()
         .map(|(reader, base)| {
             thread::spawn(move || {
-                for _ in 0..4 {
+                // As long as there is a writer; but it may be the last to go on.
+                let mut left = 30;
+                while left > 26 || (left > 0 && !reader.pm().over()) {
                     read(&reader, &base, near);
+                    left -= 1;
                 }
             })
         })
@@ -527,6 +536,7 @@ fn schedule(base: &Arc<Base>, without: Without) {
         change(&weak, &mut store, base, near, tag);
     }
     MOVED.fetch_add(store.stats().moved_records, Ordering::Relaxed);
+    weak.tell(|told| told.over = true);
     for reader in readers {
         reader.join().unwrap();
     }
