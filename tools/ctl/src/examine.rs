@@ -316,7 +316,7 @@ impl<P: Pmem> Work<'_, P> {
             }
             true
         })?;
-        let of_epoch = self.newest.entry(frame.epoch).or_default();
+        let of_epoch = self.newest.entry(attach_of(frame.epoch)).or_default();
         *of_epoch = newest.max(*of_epoch);
         Ok(())
     }
@@ -358,7 +358,7 @@ impl<P: Pmem> Work<'_, P> {
     fn torn(&mut self) {
         for (frame, line, guess) in std::mem::take(&mut self.torn) {
             self.out.torn += 1;
-            let newest = self.newest.get(&frame.epoch).copied().unwrap_or(0);
+            let newest = self.newest.get(&attach_of(frame.epoch)).copied().unwrap_or(0);
             let acknowledged = newest > frame.base_seq().saturating_add(MAX_TORN);
             let found = if acknowledged {
                 finding(
@@ -597,4 +597,9 @@ impl<P: Pmem> Work<'_, P> {
             }
         }
     }
+}
+
+/// The attach that opened a record frame: the upper half of its epoch counts its frames.
+fn attach_of(epoch: u64) -> u64 {
+    epoch & 0xffff_ffff
 }
