@@ -40,7 +40,8 @@ fn main() -> Result<()> {
         match arg.as_str() {
             "--quick" => quick = true,
             "--only" => only = Some(args.next().context(USAGE)?),
-            // Of this program itself, under callgrind.
+            // Under callgrind: of this program itself, and for who wants a profile.
+            "counted-recovery" => return recovery::counted(args.next().context(USAGE)?.parse()?),
             "counted" => return growth::counted(args.next().context(USAGE)?.parse()?),
             _ if out.is_none() && !arg.starts_with('-') => out = Some(PathBuf::from(arg)),
             _ => bail!("{USAGE}"),

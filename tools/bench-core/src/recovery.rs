@@ -5,6 +5,7 @@
 use crate::filler::{attach, core, format, host, key, Filler};
 use crate::map::MappedFile;
 use crate::timing::{median, per_op};
+use crate::valgrind;
 use anyhow::{bail, Context, Result};
 use pmskb_core::host::list;
 use pmskb_core::sim::Rng;
@@ -12,6 +13,8 @@ use pmskb_core::{RecoverOptions, Store, FRAME_SIZE};
 use serde_json::{json, Value};
 
 const REGION: u64 = 64 << 30;
+/// Valgrind maps no more.
+const COUNTED_REGION: u64 = 8 << 30;
 const LEN: u32 = 1024;
 /// Bytes of memory for each record, generously: two lines and the index.
 const PER_RECORD: u64 = 300;
@@ -69,6 +72,21 @@ fn measure(records: u64, keyed: bool, runs: u64) -> Result<Row> {
         index_bytes: each(stats.index_frames),
         record_bytes: each(stats.record_frames),
     })
+}
+
+/// What callgrind is to count: runs under it.
+pub fn counted(records: u64) -> Result<()> {
+    let map = MappedFile::sparse(COUNTED_REGION)?;
+    format(&map)?;
+    let mut filler = Filler::new(attach(&map)?.0);
+    filler.fill(0..records, LEN, true)?;
+    core(filler.finish()?.close().0)?;
+    let (frames, work) = host(&map)?;
+    let options = RecoverOptions::default();
+    valgrind::start();
+    let done = Store::recover(&map, frames, work, list, options);
+    valgrind::stop();
+    core(done).map(|_| ())
 }
 
 /// The largest store up to 10 million records that memory has room for.

@@ -28,6 +28,15 @@ pub struct Anatomy {
     firsts: Vec<u64>,
 }
 
+/// How an image was damaged.
+#[derive(Clone, Copy)]
+pub struct Done {
+    /// The store is to be used read only.
+    pub read_only: bool,
+    /// Checksums were made right again.
+    pub forged: bool,
+}
+
 fn u32_at(mem: &Scratch, off: u64) -> u32 {
     let mut bytes = [0; 4];
     mem.read(off, &mut bytes)
@@ -81,19 +90,25 @@ impl Anatomy {
         anatomy
     }
 
-    /// Damages the image. True if the caller shall use the store read only.
-    pub fn damage(&self, mem: &Scratch, input: &mut Unstructured<'_>) -> Result<bool> {
+    /// Damages the image. What the caller is to do, and may expect.
+    pub fn damage(&self, mem: &Scratch, input: &mut Unstructured<'_>) -> Result<Done> {
         let read_only = input.ratio(1, 8)?;
         let mut touched = BTreeSet::new();
         for _ in 0..input.int_in_range(1..=12)? {
             self.edit(mem, input, &mut touched)?;
         }
-        if input.ratio(7, 8)? {
+        let forged = input.ratio(3, 4)?;
+        if forged {
             for frame in touched {
                 self.repair(mem, frame);
             }
         }
-        Ok(read_only)
+        Ok(Done { read_only, forged })
+    }
+
+    /// Sequence numbers of what looks like records, alive or not.
+    pub fn numbers(&self, mem: &Scratch) -> BTreeSet<u64> {
+        self.firsts.iter().map(|off| u64_at(mem, off + 8)).collect()
     }
 
     /// Whether sequence numbers are where the format has them: each within reach of

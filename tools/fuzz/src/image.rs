@@ -3,13 +3,13 @@
 //! A damaged image is recovered, read, used, closed and recovered again.
 
 use crate::common::bytes_of;
-use crate::damage::Anatomy;
+use crate::damage::{Anatomy, Done};
 use crate::scratch::Scratch;
 use crate::seed::{self, Left};
 use arbitrary::Unstructured;
 use pmskb_core::host::HostFrames;
 use pmskb_core::*;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Far more than it takes to recover the image and read it all, twice.
 const BUDGET: u64 = 30_000_000;
@@ -60,27 +60,37 @@ impl Frames for Watched {
 
 type DamagedStore<'a> = Store<&'a Scratch, Watched, Vec<u64>>;
 
+/// An image, and what is in it.
+struct Base {
+    mem: Scratch,
+    anatomy: Anatomy,
+    numbers: BTreeSet<u64>,
+    seen: Seen,
+}
+
 thread_local! {
-    static BASES: [(Scratch, Anatomy); 3] = [Left::Closed, Left::Attached, Left::InForce].map(|left| {
+    static BASES: [Base; 3] = [Left::Closed, Left::Attached, Left::InForce].map(|left| {
         let mem = Scratch::new(seed::image(left));
         let anatomy = Anatomy::of(&mem);
-        (mem, anatomy)
+        let numbers = anatomy.numbers(&mem);
+        let seen = scan(&recover(&mem, true).expect("an undamaged image").0);
+        Base { mem, anatomy, numbers, seen }
     });
 }
 
 pub fn run(data: &[u8]) {
     BASES.with(|bases| {
         let mut input = Unstructured::new(data);
-        let Ok((mem, anatomy)) = input.choose(bases) else {
+        let Ok(base) = input.choose(bases) else {
             return;
         };
-        mem.reset();
-        mem.allow(u64::MAX);
-        let Ok(read_only) = anatomy.damage(mem, &mut input) else {
+        base.mem.reset();
+        base.mem.allow(u64::MAX);
+        let Ok(done) = base.anatomy.damage(&base.mem, &mut input) else {
             return;
         };
-        mem.allow(BUDGET);
-        use_it(mem, anatomy, read_only, &mut input);
+        base.mem.allow(BUDGET);
+        use_it(base, done, &mut input);
     });
 }
 
@@ -159,13 +169,17 @@ fn scan(store: &DamagedStore<'_>) -> Seen {
     seen
 }
 
-fn use_it(mem: &Scratch, anatomy: &Anatomy, read_only: bool, input: &mut Unstructured<'_>) {
+fn use_it(base: &Base, done: Done, input: &mut Unstructured<'_>) {
+    let (mem, read_only) = (&base.mem, done.read_only);
     let Ok((mut store, _)) = recover(mem, read_only) else {
         return;
     };
     // Of what batches in force have made of it.
-    let in_order = anatomy.in_order(mem);
+    let in_order = base.anatomy.in_order(mem);
     let mut right = scan(&store);
+    if !done.forged {
+        base.had(&right);
+    }
     let mut changed = Ok(());
     if !read_only {
         changed = change(&mut store, &mut right, input);
@@ -191,6 +205,19 @@ fn use_it(mem: &Scratch, anatomy: &Anatomy, read_only: bool, input: &mut Unstruc
             }
         }
         Err(error) => assert!(!in_order, "it was recovered once, but not again: {error:?}"),
+    }
+}
+
+impl Base {
+    /// Damage that no checksum hides takes records away, and makes none.
+    fn had(&self, now: &Seen) {
+        for (seq, (key, _)) in now {
+            match self.seen.get(seq) {
+                Some((before, _)) => assert_eq!(key, before, "record {seq} has another key"),
+                // Replaced: it is back if what replaced it is lost.
+                None => assert!(self.numbers.contains(seq), "record {seq} never was"),
+            }
+        }
     }
 }
 
