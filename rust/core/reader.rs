@@ -108,7 +108,12 @@ pub(super) fn log_next<P: Pmem>(
             Step::Record(record) => return Ok(Some(record)),
             Step::Next(base) => {
                 // Each turn goes to a higher frame, so this ends.
-                if base < at && !matches!(goal, Goal::Below { .. }) {
+                let higher = match goal {
+                    Goal::Above { inclusive: true } => base >= at,
+                    Goal::Above { inclusive: false } => base > at,
+                    _ => true,
+                };
+                if !higher {
                     return Err(Error::Damaged);
                 }
                 (goal, at, start) = (Goal::Above { inclusive: false }, base, 1);
