@@ -358,7 +358,11 @@ impl<P: Pmem> Work<'_, P> {
     fn torn(&mut self) {
         for (frame, line, guess) in std::mem::take(&mut self.torn) {
             self.out.torn += 1;
-            let newest = self.newest.get(&attach_of(frame.epoch)).copied().unwrap_or(0);
+            let newest = self
+                .newest
+                .get(&attach_of(frame.epoch))
+                .copied()
+                .unwrap_or(0);
             let acknowledged = newest > frame.base_seq().saturating_add(MAX_TORN);
             let found = if acknowledged {
                 finding(
