@@ -169,8 +169,8 @@ impl Buffer {
     /// Seals the pages of some ranges, byte offset and length, for a put that keeps them or not,
     /// and removes them from all mappings. `file` is the buffer's. Process context, sleeps.
     ///
-    /// `EINVAL` for a range that is not within the buffer, `ESTALE` if a page of it is gone,
-    /// `EAGAIN` if too many puts of a page are in flight, `ENOMEM`.
+    /// `EINVAL` for a range that is not within the buffer, `E2BIG` for more pages than an array may
+    /// name, `ESTALE` if a page of it is gone, `EAGAIN` if too many puts of a page are in flight, `ENOMEM`.
     pub(crate) fn seal(
         self: &Arc<Self>,
         file: &LocalFile,
@@ -184,8 +184,11 @@ impl Buffer {
         };
         // On an error this is dropped before `sealed`, which needs it.
         let mut pages = self.pages.lock();
+        let mut left = ext::PMSKB_MAX_EXTENTS;
         for (offset, len) in ranges {
             let range = Range::of(offset, len).ok_or(EINVAL)?;
+            let count = range.last - range.first + 1;
+            left = left.checked_sub(count).ok_or(E2BIG)?;
             let those = pages.get_mut(range.all()).ok_or(EINVAL)?;
             if those.iter().any(|page| page.fate == Fate::Gone) {
                 return Err(errno(bindings::ESTALE));
@@ -252,20 +255,13 @@ pub(crate) struct Sealed {
 }
 
 impl Sealed {
-    /// Removes the pages from all mappings: neighbours at once.
+    /// Removes the pages from all mappings, and what lies between them, which is mapped again
+    /// when it is touched: one walk, however many ranges the caller made.
     fn zap(&self, file: &LocalFile) {
-        let mut ranges = self.ranges.iter().peekable();
-        while let Some(range) = ranges.next() {
-            let mut run = *range;
-            let joins = |run: &Range, next: &Range| {
-                next.first <= run.last.saturating_add(1) && run.first <= next.last.saturating_add(1)
-            };
-            while let Some(next) = ranges.next_if(|next| joins(&run, next)) {
-                run.first = run.first.min(next.first);
-                run.last = run.last.max(next.last);
-            }
-            vma::zap_file(file, run.first, run.last - run.first + 1);
-            file::may_resched();
+        let first = self.ranges.iter().map(|range| range.first).min();
+        let last = self.ranges.iter().map(|range| range.last).max();
+        if let (Some(first), Some(last)) = (first, last) {
+            vma::zap_file(file, first, last - first + 1);
         }
     }
 
@@ -491,7 +487,21 @@ unsafe extern "C" fn fault(vmf: *mut bindings::vm_fault) -> bindings::vm_fault_t
     let pfn = buffer.store.region().pfn() + page.frame.0 as usize;
     // SAFETY: A mapping that `make_shared` made. The page exists, and is the buffer's; removal
     // zaps after all are outside, and a put of the page after it has the lock.
-    unsafe { vma::insert_shared(vmf, pfn, write) }
+    let inserted = unsafe { vma::insert_shared(vmf, pfn, write) };
+    if matches!(
+        buffer.store.frames().state(page.frame),
+        Some((FrameState::Bad, _))
+    ) {
+        // The error came meanwhile, and may have been too early to find the entry.
+        drop(pages);
+        // SAFETY: The fault is one of a mapping of this file, which keeps it open.
+        let file = unsafe { LocalFile::from_raw_file((*(*vmf).__bindgen_anon_1.vma).vm_file) };
+        if let Ok(at) = u32::try_from(pgoff) {
+            vma::zap_file(file, at, 1);
+        }
+        return SIGBUS;
+    }
+    inserted
 }
 
 /// A write to a page that is mapped for reading: it was mapped while it was sealed, or by a
@@ -525,8 +535,12 @@ unsafe extern "C" fn pfn_mkwrite(vmf: *mut bindings::vm_fault) -> bindings::vm_f
 
 /// `PMSKB_IOC_ALLOC`, with the structure at `arg`. Process context.
 ///
-/// `EINVAL`, `EFAULT`, `ENOSPC`, `EMFILE`, `ENFILE`, `ENOMEM`; `EIO` if the store is gone.
+/// `EINVAL`, `EFAULT`, `ENOSPC`, `EMFILE`, `ENFILE`, `ENOMEM`; `EROFS` if the store may only be
+/// read, `EIO` if it is gone.
 pub(crate) fn ioctl(store: &Arc<Store>, arg: UserPtr) -> Result {
+    if store.read_only() {
+        return Err(errno(bindings::EROFS));
+    }
     let user = || UserSlice::new(arg, size_of::<ext::pmskb_alloc>());
     let mut alloc = user().reader().read::<Plain<ext::pmskb_alloc>>()?.0;
     if alloc.flags != 0 || alloc.reserved != [0; 2] || !(1..=MAX).contains(&alloc.len) {

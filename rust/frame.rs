@@ -249,8 +249,8 @@ impl pm::Frames for Arc<FrameArea> {
         self.table.lock().used(frame)
     }
 
-    fn held(&self, frame: Frame) -> bool {
+    fn holds(&self, frame: Frame) -> u32 {
         let state = self.table.lock().state(frame);
-        state.is_some_and(|(_, holds)| holds > 0)
+        state.map_or(0, |(_, holds)| holds)
     }
 }

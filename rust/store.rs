@@ -284,6 +284,10 @@ impl Store {
     /// Goes inside, for everything that is not under RCU. Any context. `EIO` if the store is
     /// going or gone.
     pub(crate) fn enter(&self) -> Result<Entered<'_>> {
+        // Who is refused anyway must not keep a removal waiting.
+        if self.state.load(Relaxed) != LIVE {
+            return Err(EIO);
+        }
         self.users.fetch_add(1, Full);
         let entered = Entered(self);
         if self.state.load(Relaxed) == LIVE {

@@ -142,8 +142,8 @@ fn submit(store: &Arc<Store>, mut caller: Caller<'_, '_>, header: ext::pmskb_sub
     // Their space is back when the call returns, unless a signal ends it: then upkeep goes on.
     let truncated = |op: &Op| matches!(op.action, Action::Truncate(_)) && !op.failed();
     if ops.iter().any(truncated) {
-        // Done they are, whatever this answers.
-        let _ = store.drain();
+        // Done they are, whatever this answers. With a socket locked, not for too long.
+        let _ = store.drain(matches!(caller, Caller::Store));
     }
     store.upkeep();
     write_results(header.results, &ops)
@@ -603,6 +603,8 @@ fn commit(store: &Store, ops: &mut [Op], atomic: bool) {
             }
             op.fail_if(Err::<(), _>(error));
         }
+        // The releases of an array that is to be atomic fail with the rest.
+        cancelled(ops, atomic);
     }
 }
 

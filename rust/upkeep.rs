@@ -27,6 +27,8 @@ const STEPS: u32 = 16;
 const MAX_STEPS: u32 = 4096;
 /// Truncated records given back at a time.
 const DRAIN: u32 = 1024;
+/// How many times so many, unless all of them.
+const DRAIN_STEPS: u32 = 64;
 /// Payload bytes of one `PMSKB_IOC_SCRUB`, unless told otherwise.
 const SCRUB_BYTES: u64 = 4 << 20;
 /// Bad records that one `PMSKB_IOC_SCRUB` reports, at most.
@@ -115,9 +117,11 @@ impl Store {
     }
 
     /// Gives back the space of truncated records, until none are left or a signal comes.
-    pub(crate) fn drain(&self) -> Result {
+    pub(crate) fn drain(&self, all: bool) -> Result {
+        let mut steps = 0u32;
         while self.core()?.get()?.drain(DRAIN).map_err(crate::errno)? {
-            if host::signal_pending() {
+            steps = steps.saturating_add(1);
+            if host::signal_pending() || (!all && steps >= DRAIN_STEPS) {
                 break;
             }
             host::resched();
@@ -127,7 +131,7 @@ impl Store {
 
     /// All that is queued: truncated records, then one pass of compaction.
     fn work(&self) -> Result {
-        self.drain()?;
+        self.drain(true)?;
         let mut scratch = scratch()?;
         let mut from = Some(0);
         while let Some(at) = from {

@@ -110,7 +110,9 @@ fn probe<P: Pmem>(pm: &P, sb: &Superblock, off: u64) -> Result<Option<(u64, u64,
     let mut raw = [0u8; LINE_SIZE as usize];
     pm.read(off, &mut raw)?;
     let (number, count) = (get_u64(&raw, 8)?, get_u32(&raw, 16)?);
-    if get_u32(&raw, 4)? != MAGIC || count as usize > MAX_WORDS {
+    // Numbers count batches, so there is no end to them; and say which area it is.
+    let possible = number < 1 << 63 && off == Batch::new(number).off;
+    if get_u32(&raw, 4)? != MAGIC || count as usize > MAX_WORDS || !possible {
         return Ok(None);
     }
     let mut pairs = 0;
@@ -193,11 +195,22 @@ pub(super) fn replay<P: Pmem>(pm: &P, sb: &Superblock) -> Result<Replayed> {
         }
     }
     for (number, off, count) in found.into_iter().flatten() {
-        done.next = number.checked_add(1).ok_or(Error::Damaged)?.max(done.next);
+        done.next = done.next.max(number + 1);
         for index in 0..u64::from(count) {
             let at = off + LINE_SIZE + index * 16;
             let (to, word) = (pm.load(at)?, pm.load(at + 8)?);
-            if belongs(sb, to) && pm.load(to)? != word {
+            if !belongs(sb, to) {
+                continue;
+            }
+            // Before the load, which need not survive what the media refuses.
+            match pm.read(to / LINE_SIZE * LINE_SIZE, &mut [0; LINE_SIZE as usize]) {
+                Err(Error::Io) => {
+                    done.unreadable += 1;
+                    continue;
+                }
+                other => other?,
+            }
+            if pm.load(to)? != word {
                 pm.store(to, word)?;
                 pm.flush(to, 8)?;
                 done.words = done.words.saturating_add(1);
@@ -212,6 +225,23 @@ pub(super) fn replay<P: Pmem>(pm: &P, sb: &Superblock) -> Result<Replayed> {
         pm.fence();
     }
     Ok(done)
+}
+
+/// Makes areas that cannot be read usable again, durably: no batch may go where it
+/// cannot be found, and none that is found later may be done. [`Error::Io`] if the
+/// media goes on refusing.
+pub(super) fn restore<P: Pmem>(pm: &P, sb: &Superblock) -> Result<()> {
+    for off in [OFF, OFF + FRAMES * FRAME_SIZE] {
+        if probe(pm, sb, off) == Err(Error::Io) {
+            for line in 0..FRAMES * FRAME_SIZE / LINE_SIZE {
+                pm.write(off + line * LINE_SIZE, &[0; LINE_SIZE as usize])?;
+            }
+            pm.flush(off, FRAMES * FRAME_SIZE)?;
+            pm.fence();
+            probe(pm, sb, off)?;
+        }
+    }
+    Ok(())
 }
 
 /// Ends a batch: durable after the next fence.

@@ -138,7 +138,9 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
             return Ok(None);
         }
         let (mut lines, mut bytes, mut movable) = (0, 0, true);
+        let mut records = 0;
         self.each_record(header, |store, record| {
+            records += 1;
             lines += u64::from(record.lines);
             if record.listed() {
                 // Side by side, its extents may be too few for a list.
@@ -170,6 +172,9 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
             }
             Ok(())
         })?;
+        // What is damaged or cannot be read, and held something, stays where it is.
+        let frame = Frame::of(header.off).ok_or(Error::Damaged)?;
+        movable &= self.frames.holds(frame) == 1 + records;
         let header = *header;
         Ok((movable && lines < LINES).then_some(Gauge {
             header,
@@ -269,7 +274,14 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         let extents = scratch.get_mut(..count).ok_or(Error::Invalid)?;
         let mut key = record.key_extent(&self.pm)?;
         let mut full = Full::default();
-        if record.len <= MAX_MOVED_OBJECT {
+        // What became sparse only now was not looked at by `gauge`.
+        let mut part = [0u8; 256];
+        let movable = record.len <= MAX_MOVED_OBJECT
+            && matches!(
+                record.verify(&self.pm, &self.geo, &mut part),
+                Ok(Verdict::Intact | Verdict::Unchecked)
+            );
+        if movable {
             for extent in extents.iter_mut().chain(key.iter_mut()) {
                 if self.sparse(*extent) && done.bytes < MAX_MOVE {
                     self.move_extent(extent, &mut full, done)?;

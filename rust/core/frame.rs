@@ -73,8 +73,8 @@ pub trait Frames {
     /// Bytes of the frame that records use.
     fn used(&self, frame: Frame) -> u32;
 
-    /// Whether anybody holds the frame.
-    fn held(&self, frame: Frame) -> bool;
+    /// How many holds there are on the frame.
+    fn holds(&self, frame: Frame) -> u32;
 }
 
 /// How badly a frame is needed.
@@ -102,8 +102,8 @@ impl<F: Frames + ?Sized> Frames for &F {
     fn used(&self, frame: Frame) -> u32 {
         (**self).used(frame)
     }
-    fn held(&self, frame: Frame) -> bool {
-        (**self).held(frame)
+    fn holds(&self, frame: Frame) -> u32 {
+        (**self).holds(frame)
     }
 }
 

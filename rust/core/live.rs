@@ -23,6 +23,9 @@ pub(super) const TRUNC_SEQ: u64 = LIVE_OFF + 80;
 /// Odd while the records of an atomic batch come into view.
 pub(super) const SNAPSHOT: u64 = LIVE_OFF + 88;
 
+/// Records up to this number are in the index, if they are to be.
+pub(super) const INDEXED_SEQ: u64 = LIVE_OFF + 96;
+
 /// The counters of the live page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Live {
@@ -73,6 +76,7 @@ pub(super) fn begin<P: Pmem>(pm: &P, sb: &Superblock, durable_seq: u64) -> Resul
     pm.store(EPOCH, sb.attaches)?;
     pm.store(TRUNC_SEQ, sb.trunc_seq)?;
     pm.store(SNAPSHOT, 0)?;
+    pm.store(INDEXED_SEQ, durable_seq)?;
     pm.store(DURABLE_SEQ, durable_seq)
 }
 

@@ -168,15 +168,29 @@ fn current<P: Pmem>(view: &View<'_, P>, record: &Record) -> Result<bool> {
         return Ok(record.seq > pm.load(live::TRUNC_SEQ)?);
     }
     for _ in 0..TRIES {
+        let indexed = pm.load(live::INDEXED_SEQ)?;
         let key = key_of(pm, record.loc.0)?;
-        let Some(found) = find(pm, Kind::Keys, live::KEY_ROOT, &key, Goal::Exact)? else {
-            return Ok(false);
-        };
-        // By number: compaction may have moved one of the two.
-        let seq = pm.load(found.loc.saturating_add(8))?;
-        if found.still(pm)? {
-            return Ok(seq == record.seq || broken!("reader_replaced"));
+        let found = find(pm, Kind::Keys, live::KEY_ROOT, &key, Goal::Exact)?;
+        if let Some(found) = &found {
+            // By number: compaction may have moved one of the two.
+            let seq = pm.load(found.loc.saturating_add(8))?;
+            if !found.still(pm)? {
+                continue;
+            }
+            if seq == record.seq {
+                return Ok(true);
+            }
+            if seq > record.seq && !broken!("reader_replaced") {
+                return Ok(false);
+            }
         }
+        if record.seq <= indexed && !broken!("reader_replaced") {
+            return Ok(false);
+        }
+        // Durable, and not in the index yet; a deleted one is killed before it leaves
+        // the index.
+        pm.load_fence();
+        return Ok(pm.load(record.loc.0)? == record.word);
     }
     Err(Error::Busy)
 }
@@ -310,7 +324,7 @@ impl<P: Pmem> Reader<P> {
             let Some(mut found) = lookup(&key, goal)? else {
                 return Ok(None);
             };
-            // Records that are deleted, durably, and about to leave the index are
+            // Records that are being deleted, and about to leave the index, are
             // passed over; a batch has no more of them than this.
             for _ in 0..=MAX_STAGED {
                 let line = self.line(Locator(found.loc));

@@ -398,9 +398,19 @@ fn kill_check<P: Pmem>(pm: &P, nonce: u32, line: u64, word: u64, seq: u64) -> u3
 /// The word that kills the record at `loc` when it is stored there. It keeps
 /// lines and flags, so that the key is still found.
 pub(super) fn kill_word<P: Pmem>(pm: &P, loc: Locator) -> Result<u64> {
+    kill_word_by(pm, loc, pm.load(loc.0)?)
+}
+
+/// Whether a record's first word is that of a put.
+pub(super) fn is_put(word: u64) -> bool {
+    (word >> 32) as u8 == TYPE_PUT
+}
+
+/// The same for a record whose first word is `word` and was not stored.
+pub(super) fn kill_word_by<P: Pmem>(pm: &P, loc: Locator, word: u64) -> Result<u64> {
     let nonce = pm.load(loc.frame_off().saturating_add(48))? as u32;
     let seq = pm.load(loc.0.saturating_add(8))?;
-    let word = (pm.load(loc.0)? >> 40 << 40) | (u64::from(TYPE_KILLED) << 32);
+    let word = (word >> 40 << 40) | (u64::from(TYPE_KILLED) << 32);
     Ok(word | u64::from(kill_check(pm, nonce, loc.line(), word, seq)))
 }
 
@@ -449,6 +459,9 @@ pub(super) fn parse<P: Pmem>(
     line: u64,
 ) -> Result<Line> {
     let loc = Locator(header.off.saturating_add(line * LINE_SIZE));
+    // Before the load, which need not survive what the media refuses.
+    let mut raw = [0u8; LINE_SIZE as usize];
+    pm.read(loc.0, &mut raw)?;
     let word = pm.load(loc.0)?;
     let (kind, lines) = ((word >> 32) as u8, (word >> 40) as u8);
     if lines == 0 || line == 0 || line + u64::from(lines) > LINES {
@@ -465,7 +478,7 @@ pub(super) fn parse<P: Pmem>(
                 seq,
             })
         }
-        TYPE_PUT => parse_put(pm, geo, header, loc, word),
+        TYPE_PUT => parse_put(pm, geo, header, loc, word, &raw),
         _ => Ok(Line::Blank),
     }
 }
@@ -476,10 +489,9 @@ fn parse_put<P: Pmem>(
     header: &FrameHeader,
     loc: Locator,
     word: u64,
+    raw: &[u8; LINE_SIZE as usize],
 ) -> Result<Line> {
-    let mut raw = [0u8; LINE_SIZE as usize];
-    pm.read(loc.0, &mut raw)?;
-    let seq = get_u64(&raw, 8)?;
+    let seq = get_u64(raw, 8)?;
     // Compaction leaves large gaps, but no random number is that close.
     let plausible = seq >= header.base_seq && seq - header.base_seq < 1 << 32;
     let wrong = if plausible { Line::Torn } else { Line::Blank };
@@ -490,8 +502,8 @@ fn parse_put<P: Pmem>(
         pm.read(loc.0.saturating_add(line * LINE_SIZE), &mut next)?;
         crc = pm.crc32c(crc, &next);
     }
-    let key_len = get_u16(&raw, 30)?;
-    let nr_extents = get_u32(&raw, 40)?;
+    let key_len = get_u16(raw, 30)?;
+    let nr_extents = get_u32(raw, 40)?;
     let sane = usize::from(key_len) <= MAX_KEY
         && nr_extents <= MAX_EXTENTS
         && flags & !F_KNOWN == 0
@@ -515,10 +527,10 @@ fn parse_put<P: Pmem>(
         crc = crc_of(pm, crc, &key)?;
     }
     let crc_right = crc == word as u32 || broken!("record_crc");
-    if !crc_right || get_u64(&raw, 0)? != word {
+    if !crc_right || get_u64(raw, 0)? != word {
         return Ok(wrong);
     }
-    decode(pm, loc, &raw, header.nonce).map(Line::Put)
+    decode(pm, loc, raw, header.nonce).map(Line::Put)
 }
 
 /// What a record says, whether or not it is right.

@@ -17,7 +17,7 @@
 use super::frame::{hold_all, Need};
 use super::record::{key_of, parse, FrameHeader, Line, Locator, Record, LINES};
 use super::superblock::probe;
-use super::{batch, live, Buf, Error, Frame, Frames, Pmem, Result, Store};
+use super::{batch, live, Buf, Error, Frame, Frames, Pmem, Result, Store, MAX_OBJECT};
 use core::cmp::Ordering;
 use core::ops::DerefMut;
 
@@ -112,6 +112,9 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         let mut report = Report::default();
         let replayed = batch::replay(&pm, &found.superblock)?;
         (report.replayed, report.unreadable) = (replayed.words, replayed.unreadable);
+        if !options.read_only {
+            batch::restore(&pm, &found.superblock)?;
+        }
         let mut store = Store::empty(pm, frames, work, found.superblock)?;
         store.batch_number = replayed.next;
         let mut keyed = 0;
@@ -131,14 +134,16 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         store.dead_seq = store.sb.trunc_seq;
         live::begin(&store.pm, &store.sb, store.stats.durable_seq)?;
         store.read_only = options.read_only;
-        let count = keyed.max(store.stats.record_frames as usize);
-        let mut list = list(2 * count).ok_or(Error::NoMemory)?;
-        let (list, spare) = list.split_at_mut_checked(count).ok_or(Error::NoMemory)?;
-        store.index_all(&mut report, list, spare)?;
+        let frames = store.stats.record_frames as usize;
+        let mut list = list(keyed + frames + keyed.max(frames)).ok_or(Error::NoMemory)?;
+        let (keyed, rest) = list.split_at_mut_checked(keyed).ok_or(Error::NoMemory)?;
+        let (frames, spare) = rest.split_at_mut_checked(frames).ok_or(Error::NoMemory)?;
+        store.index_all(&mut report, keyed, frames, spare)?;
         if !options.read_only {
             store.sync_pending()?;
         }
         store.set_keep(0);
+        store.fence();
         store.publish()?;
         let stats = store.stats();
         (report.records, report.keys) = (stats.records, stats.keys);
@@ -242,6 +247,10 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
             if !readable {
                 report.unreadable += 1;
             }
+            if !readable {
+                // One that does not go: nobody knows what is there.
+                self.frames.claim(frame, 0)?;
+            }
             if used || !readable {
                 // The hold that goes when the frame is given back.
                 self.frames.claim(frame, 0)?;
@@ -259,7 +268,7 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         for extent in record.extents(&self.pm, &self.geo) {
             len = len.saturating_add(u64::from(extent?.len));
         }
-        if len == u64::from(record.len) {
+        if len == u64::from(record.len) && len <= MAX_OBJECT {
             Ok(())
         } else {
             Err(Error::Damaged)
@@ -270,6 +279,12 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
     fn claim_record(&mut self, record: &Record) -> Result<()> {
         self.check_record(record)?;
         let (pm, geo) = (&self.pm, &self.geo);
+        for frame in record.lists(pm, geo) {
+            // A list is one record's only.
+            if self.frames.holds(frame?) > 0 {
+                return Err(Error::Damaged);
+            }
+        }
         for extent in record.extents(pm, geo) {
             hold_all(&self.frames, core::iter::once(extent?), F::claim)?;
         }
@@ -288,11 +303,13 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
     fn index_all(
         &mut self,
         report: &mut Report,
-        list: &mut [IndexEntry],
+        keyed: &mut [IndexEntry],
+        frames: &mut [IndexEntry],
         spare: &mut [IndexEntry],
     ) -> Result<()> {
-        let frames = self.list_frames(list)?;
-        let frames = list.get_mut(..frames).ok_or(Error::Damaged)?;
+        let (keys, count) = self.list(keyed, frames)?;
+        let keyed = keyed.get_mut(..keys).ok_or(Error::Damaged)?;
+        let frames = frames.get_mut(..count).ok_or(Error::Damaged)?;
         sort_by_prefix(&mut self.work, frames, spare)?;
         // Two frames with one number cannot be; the log then shows one.
         let unique = dedup(frames, |one, other| Ok(one.prefix == other.prefix))?;
@@ -300,8 +317,6 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         self.reserve_nodes_for(frames.len())?;
         self.log.load(&self.pm, &mut self.pool, frames, 0)?;
 
-        let keyed = self.list_records(list)?;
-        let keyed = list.get_mut(..keyed).ok_or(Error::Damaged)?;
         let skip = self.common_prefix(keyed)?;
         for entry in keyed.iter_mut() {
             entry.prefix = key_of(&self.pm, entry.loc)?.prefix(&self.pm, skip)?;
@@ -338,50 +353,49 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
             .reserve(&self.pm, &self.frames, want, Need::Reserve)
     }
 
-    /// Lists the record frames with live records, gives back the others; how many
-    /// there are.
-    fn list_frames(&mut self, list: &mut [IndexEntry]) -> Result<usize> {
-        let (mut from, mut count) = (self.geo.first_frame(), 0);
-        while let Some(frame) = self.geo.next_mapped(&self.pm, from)? {
-            from = Frame(frame.0 + 1);
-            match self.mapped(frame)? {
-                // Claimed in pass 1: it has records, or something unreadable.
-                Mapped::Records(header) if self.frames.held(frame) => {
-                    let slot = list.get_mut(count).ok_or(Error::Io)?;
-                    (slot.prefix, slot.loc) = (header.base_seq, header.off);
-                    count += 1;
-                }
-                Mapped::Unreadable => (),
-                _ => self.unmap(frame)?,
-            }
-        }
-        Ok(count)
-    }
-
-    /// Counts all live records, and lists those with a key; how many there are.
-    fn list_records(&mut self, list: &mut [IndexEntry]) -> Result<usize> {
-        let (mut from, mut count) = (self.geo.first_frame(), 0);
+    /// Counts all live records, lists those with a key, and the record frames that have
+    /// any; gives the other ones back. How many are in each list.
+    fn list(
+        &mut self,
+        keyed: &mut [IndexEntry],
+        frames: &mut [IndexEntry],
+    ) -> Result<(usize, usize)> {
+        let (mut from, mut keys, mut count) = (self.geo.first_frame(), 0, 0);
         // The lines were counted in pass 1.
         let mut ignored = Report::default();
         while let Some(frame) = self.geo.next_mapped(&self.pm, from)? {
             from = Frame(frame.0 + 1);
-            let Mapped::Records(header) = self.mapped(frame)? else {
-                continue;
+            let header = match self.mapped(frame)? {
+                Mapped::Records(header) => header,
+                Mapped::Other { .. } => {
+                    self.unmap(frame)?;
+                    continue;
+                }
+                Mapped::Unreadable => continue,
             };
-            self.walk(&header, &mut ignored, |store, _, record| {
+            let mut used = false;
+            let readable = self.walk(&header, &mut ignored, |store, _, record| {
+                used = true;
                 if store.check_record(&record).is_err() {
                     return Ok(());
                 }
                 store.count(record.loc)?;
                 if record.keyed() {
                     // More than before: the media changed its mind.
-                    list.get_mut(count).ok_or(Error::Io)?.loc = record.loc.0;
-                    count += 1;
+                    keyed.get_mut(keys).ok_or(Error::Io)?.loc = record.loc.0;
+                    keys += 1;
                 }
                 Ok(())
             })?;
+            if used || !readable {
+                let slot = frames.get_mut(count).ok_or(Error::Io)?;
+                (slot.prefix, slot.loc) = (header.base_seq, header.off);
+                count += 1;
+            } else {
+                self.unmap(frame)?;
+            }
         }
-        Ok(count)
+        Ok((keys, count))
     }
 
     fn unmap(&mut self, frame: Frame) -> Result<()> {

@@ -28,8 +28,8 @@ use super::node::{Kind, Pool};
 use super::pmem::lines_of;
 use super::reader::{log_next, view, Direction, View};
 use super::record::{
-    key_by, key_of, kill_word, parse, read_staged, write, write_lists, Draft, FrameHeader, Key,
-    KeySrc, Line, Locator, Meta, PutMode, Record, LINES,
+    is_put, key_by, key_of, kill_word, kill_word_by, parse, read_staged, write, write_lists, Draft,
+    FrameHeader, Key, KeySrc, Line, Locator, Meta, PutMode, Record, LINES,
 };
 use super::superblock::Superblock;
 use super::tree::{find, Goal, Tree};
@@ -323,13 +323,12 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         }
     }
 
-    /// Fences the words of a batch that is in force, which the next commit's first
-    /// fence otherwise does. For hosts where that may be another CPU's: a fence
-    /// covers what its own CPU has written back.
+    /// Fences what was written back since the last fence: the words of a batch that is
+    /// in force, a record frame that an aborted put has opened. The next commit's
+    /// first fence does it otherwise; this is for hosts where that may be another
+    /// CPU's: a fence covers what its own CPU has written back.
     pub fn settle(&mut self) {
-        if self.batch.is_some() {
-            self.fence();
-        }
+        self.fence();
     }
 
     // ---- staging ----
@@ -473,7 +472,8 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
                 return Ok((slot, None));
             };
             let staged = self.staged_at(index as usize);
-            if staged.hash == Some(hash) {
+            // One that is gone is the last of its key only if there is no record.
+            if staged.hash == Some(hash) && staged.kept != Kept::Gone {
                 let other = key_by(&self.pm, staged.loc, staged.word)?;
                 if other.compare(&self.pm, key, usize::MAX)?.0.is_eq() {
                     return Ok((slot, Some(index as usize)));
@@ -726,7 +726,9 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
                 }
             }
             Err(_) => {
-                let _ = self.frames.unhold(frame, 0);
+                // It may be a record frame by now, so it goes as one.
+                self.stats.record_frames += 1;
+                let _ = self.push_empty(frame);
             }
         }
         opened
@@ -822,6 +824,10 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
             }
             None => self.store_words(!broken!("record_flush"))?,
         }
+        let newest = self.newest_put();
+        if let Some(gone) = newest.filter(|newest| newest.kept == Kept::Gone) {
+            self.remember(&gone)?;
+        }
         if broken!("fence2") {
             self.unfenced = false;
         }
@@ -834,7 +840,10 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
             self.tick_snapshot()?;
             self.store_words(true)?;
         }
-        self.stats.durable_seq = self.next_seq - 1;
+        if let Some(newest) = newest {
+            let seq = self.pm.load(newest.loc + 8)?;
+            self.stats.durable_seq = self.stats.durable_seq.max(seq);
+        }
         self.pm.store(live::DURABLE_SEQ, self.stats.durable_seq)?;
         self.give_back(closed)?;
         self.release_pending()?;
@@ -846,6 +855,7 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
                 Kept::Gone => (),
             }
         }
+        self.pm.store(live::INDEXED_SEQ, self.stats.durable_seq)?;
         if sealed.is_some() {
             self.tick_snapshot()?;
         }
@@ -854,6 +864,25 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         self.forget_staged();
         self.pool.trim(&self.pm, &self.frames)?;
         self.publish()
+    }
+
+    /// The last put that was staged and not aborted, though perhaps undone since.
+    fn newest_put(&self) -> Option<Staged> {
+        let staged = (0..self.staged).rev().map(|index| self.staged_at(index));
+        staged.into_iter().find(|staged| is_put(staged.word))
+    }
+
+    /// A put that was undone by a delete of the same commit leaves its sequence number
+    /// behind, if no record does: it was told to somebody.
+    fn remember(&mut self, gone: &Staged) -> Result<()> {
+        let frame = Locator(gone.loc).frame_off();
+        // The header of a later frame has a higher number.
+        if self.open.is_some_and(|open| open.header.off == frame) {
+            let word = kill_word_by(&self.pm, Locator(gone.loc), gone.word)?;
+            self.pm.store(gone.loc, word)?;
+            self.flush(gone.loc, LINE_SIZE)?;
+        }
+        Ok(())
     }
 
     /// Stores the first words of new records, and the kills of deleted ones, and

@@ -808,7 +808,7 @@ fn batches(out: &Out) {
     forge("batch-both-equal", &both[0], 0, &|raw| {
         raw[8..16].copy_from_slice(&areas(&both[0])[1].1.to_le_bytes());
     });
-    forge("refuse-batch-number", &alone[1], 0, &set(8, u64::MAX));
+    forge("batch-number-last", &alone[1], 0, &set(8, u64::MAX));
     forge("batch-number", &alone[1], 0, &set(8, u64::MAX - 1));
 }
 
@@ -898,7 +898,7 @@ fn far(out: &Out) {
     let base = |loc: Locator| pm.load(loc.0 / FRAME_SIZE * FRAME_SIZE + 16).unwrap();
     let mut next = maker.store.log_from(0).unwrap();
     while let Some(record) = next {
-        if record.seq > base(record.loc) + 70 {
+        if record.seq > base(record.loc) + 64 {
             break;
         }
         next = maker.store.log_after(&record).unwrap();

@@ -36,11 +36,8 @@ impl Frames for HostFrames {
     fn used(&self, frame: Frame) -> u32 {
         self.0.borrow().used(frame)
     }
-    fn held(&self, frame: Frame) -> bool {
-        self.0
-            .borrow()
-            .state(frame)
-            .is_some_and(|(_, holds)| holds > 0)
+    fn holds(&self, frame: Frame) -> u32 {
+        self.0.borrow().state(frame).map_or(0, |(_, holds)| holds)
     }
 }
 

@@ -534,3 +534,27 @@ fn compaction_has_room_for_extents_that_no_list_takes_any_more() {
     }
     check(&driver.store, &driver.model).unwrap();
 }
+
+#[test]
+fn a_number_that_was_told_is_never_given_again() {
+    for atomic in [false, true] {
+        let mut driver = Driver::new(recover(formatted()).unwrap().0);
+        driver.run(&put("a", 1, 64)).unwrap();
+        driver.run(&Op::Commit).unwrap();
+        if atomic {
+            driver.store.begin_atomic().unwrap();
+            driver.run(&put("c", 4, 64)).unwrap();
+            driver.run(&put("d", 5, 64)).unwrap();
+        }
+        driver.run(&put("b", 2, 64)).unwrap();
+        let told = driver.store.delete(b"b", None).unwrap();
+        driver.store.commit().unwrap();
+        assert_eq!(driver.store.stats().durable_seq, told);
+        let image = driver.store.pm().crash_subset(0, &mut Rng(0));
+        let mut again = Driver::new(recover(image).unwrap().0);
+        again.run(&put("c", 3, 64)).unwrap();
+        again.run(&Op::Commit).unwrap();
+        let log = log_of(&again.store);
+        assert!(log.last().unwrap().seq > told, "{told} again: {log:?}");
+    }
+}

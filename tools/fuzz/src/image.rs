@@ -53,8 +53,8 @@ impl Frames for Watched {
     fn used(&self, frame: Frame) -> u32 {
         self.frames.used(frame)
     }
-    fn held(&self, frame: Frame) -> bool {
-        self.frames.held(frame)
+    fn holds(&self, frame: Frame) -> u32 {
+        self.frames.holds(frame)
     }
 }
 
