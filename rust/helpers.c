@@ -85,6 +85,21 @@ bool pmskb_bdev_is_dax(struct block_device *bdev)
 	return blk_queue_dax(bdev->bd_disk->queue);
 }
 
+/*
+ * dax_synchronous() is not enough: alloc_dax() does not clear the flags that an
+ * earlier device has left in the same memory, so an asynchronous one may pass.
+ * virtio-pmem is the only driver of x86 that makes such ones.
+ */
+bool pmskb_bdev_is_async(struct block_device *bdev)
+{
+	struct device *dev;
+
+	for (dev = disk_to_dev(bdev->bd_disk); dev; dev = dev->parent)
+		if (dev->driver && !strcmp(dev->driver->name, "virtio_pmem"))
+			return true;
+	return false;
+}
+
 u64 pmskb_bdev_bytes(struct block_device *bdev)
 {
 	return bdev_nr_bytes(bdev);

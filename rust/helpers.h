@@ -19,6 +19,7 @@ struct pipe_inode_info;
 struct block_device;
 bool pmskb_bdev_is_bad(struct block_device *bdev, u64 sector, u64 nr);
 bool pmskb_bdev_is_dax(struct block_device *bdev);
+bool pmskb_bdev_is_async(struct block_device *bdev);
 u64 pmskb_bdev_bytes(struct block_device *bdev);
 u64 pmskb_bdev_start(struct block_device *bdev);
 bool pmskb_file_is_blk(const struct file *file);

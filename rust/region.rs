@@ -457,6 +457,10 @@ impl Region {
                     ENODEV
                 });
             }
+            // SAFETY: `bdev` is open.
+            if unsafe { ext::pmskb_bdev_is_async(bdev) } {
+                return Err(ENXIO);
+            }
             if start % PAGE as u64 != 0 || len % PAGE as u64 != 0 {
                 return Err(ERANGE);
             }

@@ -348,7 +348,7 @@ TEST_F(bytes, timeouts_and_dontwait)
 	ASSERT_EQ(0, timeout_set(self->c.s, 200));
 	clock_gettime(CLOCK_MONOTONIC, &t);
 	EXPECT_EQ(EAGAIN, ERRNO(recv(self->c.s, buf, 4, 0)));
-	EXPECT_LE(190, ms_since(&t));
+	EXPECT_LE(150, ms_since(&t));
 	EXPECT_GE(5000, ms_since(&t));
 	fcntl(self->c.s, F_SETFL, O_NONBLOCK);
 	EXPECT_EQ(EAGAIN, ERRNO(read(self->c.s, buf, 4)));
