@@ -276,7 +276,7 @@ a_dax_device_of_the_other_driver_is_refused() {
 
 # without WHAT: the lab's guest has it, unless somebody started one without.
 without() {
-	[ ! -e /pmskb-run/env ] || fail "$1; tools/lab/tests.d/60-selftests says how to start a guest that has it"
+	[ ! -e /pmskb-run/env ] || fail "$1; tools/lab/tests.d/05-selftests says how to start a guest that has it"
 	skip "$1"
 }
 
