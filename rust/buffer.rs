@@ -29,6 +29,7 @@
 use crate::{
     bindings as ext,
     file::{self, OpenStore},
+    host,
     pm::{FrameState, Pmem},
     read::{answer, Frame},
     region::PAGE,
@@ -150,7 +151,7 @@ impl Buffer {
             // What it had before is nobody's business, mapped or put without being written.
             self.store.region().clear(frame.off(), PAGE as u64);
             near = Some(frame);
-            file::may_resched();
+            host::resched();
         }
         Ok(())
     }
@@ -203,7 +204,7 @@ impl Buffer {
                 let seals = page.seals(keep);
                 *seals += 1;
             }
-            file::may_resched();
+            host::resched();
         }
         drop(pages);
         sealed.zap(file);
@@ -217,7 +218,7 @@ impl PinnedDrop for Buffer {
         for page in self.pages.lock().iter().filter(|page| page.held()) {
             // It has the hold from `fill`, so it cannot fail.
             let _ = self.store.frames().unhold(page.frame);
-            file::may_resched();
+            host::resched();
         }
     }
 }
@@ -285,7 +286,7 @@ impl Sealed {
             each(frame, frame.off() + u64::from(within), now)?;
             offset = offset.saturating_add(now);
             left -= now;
-            file::may_resched();
+            host::resched();
         }
         Ok(())
     }
@@ -315,7 +316,7 @@ impl Sealed {
                     let _ = frames.unhold(page.frame);
                 }
             }
-            file::may_resched();
+            host::resched();
         }
         drop(pages);
         self.ranges.clear();
@@ -394,7 +395,7 @@ unsafe extern "C" fn write_iter(
     let result = (|| {
         let mut copy = KVec::from_elem(0u8, PAGE, GFP_KERNEL)?;
         while !iter.is_empty() {
-            if done != 0 && crate::host::signal_pending() {
+            if done != 0 && host::signal_pending() {
                 break;
             }
             let pos = u64::try_from(kiocb.ki_pos).map_err(|_| EINVAL)?;

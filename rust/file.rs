@@ -132,9 +132,3 @@ pub(crate) unsafe extern "C" fn llseek<K: Kind>(
     // SAFETY: As above.
     unsafe { bindings::fixed_size_llseek(file, off, whence, size as i64) }
 }
-
-/// Lets others run, in a loop that may be long. Process context, may sleep.
-pub(crate) fn may_resched() {
-    // SAFETY: Called where it may sleep.
-    unsafe { ext::pmskb_cond_resched() };
-}

@@ -132,11 +132,6 @@ void pmskb_file_by_position(struct file *file, loff_t size)
 	i_size_write(file_inode(file), size);
 }
 
-void pmskb_cond_resched(void)
-{
-	cond_resched();
-}
-
 bool pmskb_module_get(struct module *module)
 {
 	return try_module_get(module);

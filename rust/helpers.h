@@ -26,7 +26,6 @@ bool pmskb_file_is_blk(const struct file *file);
 bool pmskb_file_is_chr(const struct file *file);
 bool pmskb_file_mode_has(const struct file *file, bool write);
 void pmskb_file_by_position(struct file *file, loff_t size);
-void pmskb_cond_resched(void);
 bool pmskb_module_get(struct module *module);
 void pmskb_spin_lock_bh(spinlock_t *lock);
 int pmskb_spin_trylock_bh(spinlock_t *lock);

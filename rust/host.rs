@@ -18,7 +18,7 @@ pub(crate) fn sleep_ms(ms: u32) {
     unsafe { bindings::msleep(ms) };
 }
 
-/// Lets others run. Process context.
+/// Lets others run, in a loop that may be long. Process context.
 pub(crate) fn resched() {
     // SAFETY: Called where it may sleep.
     unsafe { ext::pmskb_resched() };

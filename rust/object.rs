@@ -11,6 +11,7 @@ use crate::{
     bindings as ext,
     file::{self, OpenStore},
     frame::FrameArea,
+    host,
     pm::{self, Extent},
     read::{self, Frame, Part, Ranges},
     region::PAGE,
@@ -121,7 +122,7 @@ impl Object {
             };
             // Room was reserved above.
             self.spans.push(span, GFP_KERNEL)?;
-            file::may_resched();
+            host::resched();
         }
         if end != record.len {
             return Err(errno(bindings::EUCLEAN));
@@ -152,7 +153,7 @@ impl Drop for Object {
                 let _ = self.store.frames().unhold(frame);
             }
             start = span.end;
-            file::may_resched();
+            host::resched();
         }
     }
 }

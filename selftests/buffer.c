@@ -926,21 +926,6 @@ TEST_F(buffer, a_buffer_keeps_the_store)
 	/* The fixture detaches. */
 }
 
-/* The driver of the region's device, and the device's name for it. */
-static int driver_of(enum dev dev, char *driver, char *name)
-{
-	const char *why, *path = dev_path(dev, &why);
-	char link[PATH_MAX], real[PATH_MAX];
-
-	path = strrchr(path, '/') + 1;
-	snprintf(link, sizeof(link), dev == DEV_PMEM ? "/sys/block/%s/device" : "/sys/bus/dax/devices/%s", path);
-	if (!realpath(link, real))
-		return -errno;
-	snprintf(name, PATH_MAX, "%s", strrchr(real, '/') + 1);
-	strncat(link, "/driver", sizeof(link) - strlen(link) - 1);
-	return realpath(link, driver) ? 0 : -errno;
-}
-
 TEST_F_TIMEOUT(buffer, a_device_that_goes_takes_buffers_and_open_records_with_it, 120)
 {
 	char driver[PATH_MAX], name[PATH_MAX];
@@ -950,7 +935,7 @@ TEST_F_TIMEOUT(buffer, a_device_that_goes_takes_buffers_and_open_records_with_it
 	struct store back;
 	loff_t off = 0;
 
-	if (driver_of(variant->dev, driver, name))
+	if (driver_of(variant->dev, driver, name, PATH_MAX))
 		SKIP(return, "cannot find the device's driver");
 	ASSERT_TRUE(m != NULL);
 	memset(m, 'x', 4 * FRAME);

@@ -4,6 +4,8 @@
 #include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <libgen.h>
+#include <limits.h>
 #include <net/if.h>
 #include <netinet/tcp.h>
 #include <sched.h>
@@ -879,4 +881,26 @@ int exts_part(struct pmskb_ext *out, const struct pmskb_desc *d, int n, uint64_t
 		len -= take;
 	}
 	return len ? -1 : m;
+}
+
+int driver_of(enum dev dev, char *driver, char *name, size_t size)
+{
+	const char *why, *path = dev_path(dev, &why);
+	char link[PATH_MAX], real[PATH_MAX];
+
+	if (!path)
+		return -ENODEV;
+	path = strrchr(path, '/') + 1;
+	if (dev == DEV_PMEM)
+		snprintf(link, sizeof(link), "/sys/block/%s/device", path);
+	else
+		snprintf(link, sizeof(link), "/sys/bus/dax/devices/%s", path);
+	if (!realpath(link, real))
+		return -errno;
+	snprintf(name, size, "%s", basename(real));
+	strncat(link, "/driver", sizeof(link) - strlen(link) - 1);
+	if (!realpath(link, real))
+		return -errno;
+	snprintf(driver, size, "%s", real);
+	return 0;
 }

@@ -74,6 +74,8 @@ int store_quiet(const struct store *s, int ms, struct pmskb_store_info *info);
  * something happens there. It is detach that is exact.
  */
 #define STORE_SLACK 128
+/* The directory in sysfs of the driver of a region's device, and the device's name in it. */
+int driver_of(enum dev dev, char *driver, char *name, size_t size);
 int store_back(const struct store *s, int ms, struct pmskb_store_info *info);
 
 /* What does not add up in info, or NULL. Without `shared`, no record has bytes of another. */

@@ -10,7 +10,6 @@
 #include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <libgen.h>
 #include <limits.h>
 #include <poll.h>
 #include <sched.h>
@@ -565,29 +564,6 @@ TEST_F_TIMEOUT(life, every_nth_allocation_fails_and_nothing_stays_behind, 1800)
 }
 
 /* ---- the driver leaves ---- */
-
-/* The driver's directory in sysfs and the device's name in it. */
-static int driver_of(enum dev dev, char *driver, char *name, size_t size)
-{
-	const char *why, *path = dev_path(dev, &why);
-	char link[PATH_MAX], real[PATH_MAX];
-
-	if (!path)
-		return -ENODEV;
-	path = strrchr(path, '/') + 1;
-	if (dev == DEV_PMEM)
-		snprintf(link, sizeof(link), "/sys/block/%s/device", path);
-	else
-		snprintf(link, sizeof(link), "/sys/bus/dax/devices/%s", path);
-	if (!realpath(link, real))
-		return -errno;
-	snprintf(name, size, "%s", basename(real));
-	strncat(link, "/driver", sizeof(link) - strlen(link) - 1);
-	if (!realpath(link, real))
-		return -errno;
-	snprintf(driver, size, "%s", real);
-	return 0;
-}
 
 static int poke(const char *dir, const char *file, const char *what)
 {

@@ -1072,6 +1072,7 @@ TEST_F_TIMEOUT(tiny, attached_to_be_read_nothing_is_changed, 60)
 	}
 	from = 0;
 	EXPECT_EQ(-EROFS, compact(fd, &from, 0, &cmp));
+	EXPECT_EQ(EROFS, ERRNO(ioctl(fd, PMSKB_IOC_ALLOC, &(struct pmskb_alloc){ .len = 4096 })));
 	ASSERT_EQ(0, conn_make(&c, &lo, -1, HOW_PLAIN));
 	EXPECT_EQ(-EROFS, sock_attach_ioctl(c.s, fd));
 	EXPECT_EQ(-EROFS, sock_attach_opt(c.s, fd));

@@ -59,7 +59,7 @@ impl Batch {
     /// Begins to fill the area whose turn it is. It is dead, durably.
     pub(super) fn new(number: u64) -> Self {
         Batch {
-            off: OFF + number % 2 * FRAMES * FRAME_SIZE,
+            off: area_off(number),
             number,
             count: 0,
             crc_pairs: 0,
@@ -111,7 +111,7 @@ fn probe<P: Pmem>(pm: &P, sb: &Superblock, off: u64) -> Result<Option<(u64, u64,
     pm.read(off, &mut raw)?;
     let (number, count) = (get_u64(&raw, 8)?, get_u32(&raw, 16)?);
     // Numbers count batches, so there is no end to them; and say which area it is.
-    let possible = number < 1 << 63 && off == Batch::new(number).off;
+    let possible = number < 1 << 63 && off == area_off(number);
     if get_u32(&raw, 4)? != MAGIC || count as usize > MAX_WORDS || !possible {
         return Ok(None);
     }
@@ -135,7 +135,7 @@ pub(super) enum Area {
     Damaged,
 }
 
-/// Where one of the two areas is.
+/// Where the area of a batch with this number is.
 pub(super) fn area_off(area: u64) -> u64 {
     OFF + area % 2 * FRAMES * FRAME_SIZE
 }
@@ -186,7 +186,7 @@ pub(super) fn replay<P: Pmem>(pm: &P, sb: &Superblock) -> Result<Replayed> {
         }
         other => other,
     };
-    let (first, second) = (look(OFF)?, look(OFF + FRAMES * FRAME_SIZE)?);
+    let (first, second) = (look(area_off(0))?, look(area_off(1))?);
     // The older one first.
     let mut found = [first, second];
     if let (Some(one), Some(other)) = (first, second) {
@@ -231,7 +231,7 @@ pub(super) fn replay<P: Pmem>(pm: &P, sb: &Superblock) -> Result<Replayed> {
 /// cannot be found, and none that is found later may be done. [`Error::Io`] if the
 /// media goes on refusing.
 pub(super) fn restore<P: Pmem>(pm: &P, sb: &Superblock) -> Result<()> {
-    for off in [OFF, OFF + FRAMES * FRAME_SIZE] {
+    for off in [0, 1].map(area_off) {
         if probe(pm, sb, off) == Err(Error::Io) {
             for line in 0..FRAMES * FRAME_SIZE / LINE_SIZE {
                 pm.write(off + line * LINE_SIZE, &[0; LINE_SIZE as usize])?;

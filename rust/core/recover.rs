@@ -11,8 +11,9 @@
 //!
 //! It takes time proportional to the number of records (their list is sorted by
 //! digits; only keys that do not differ in 8 bytes after what all have in common
-//! are compared), plus 1 bit for each frame of the region; and 32 bytes of memory
-//! for each record with a key and each record frame, until it ends.
+//! are compared), plus 1 bit for each frame of the region; and 16 bytes of memory
+//! for each record with a key, 16 for each record frame, and 16 for each of those
+//! that are more, until it ends.
 
 use super::frame::{hold_all, Need};
 use super::record::{key_of, parse, FrameHeader, Line, Locator, Record, LINES};
@@ -246,8 +247,6 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
             })?;
             if !readable {
                 report.unreadable += 1;
-            }
-            if !readable {
                 // One that does not go: nobody knows what is there.
                 self.frames.claim(frame, 0)?;
             }
