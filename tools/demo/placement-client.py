@@ -19,7 +19,7 @@ import time
 SIZES = (64, 1024, 4096, 65536)
 CONNECTIONS = 64
 BYTES = 16 << 20  # of each size, but
-MOST = 2560  # requests of each size
+MOST = 1280  # requests of each size
 AT_LEAST = 99.0  # percent
 LIMIT = 60  # seconds that nothing happens
 
