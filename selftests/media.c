@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <sched.h>
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
@@ -495,6 +496,9 @@ int map_get(const uint8_t *base, size_t len, const void *key, uint32_t key_len, 
 	int tries, found, i;
 
 	for (tries = 0; tries < TRIES; tries++) {
+		/* The writer may be waiting for this very CPU. */
+		if (tries % 256 == 255)
+			sched_yield();
 		found = find_key(&p, key, key_len, &hit->loc, &node, &version);
 		if (found < 0)
 			continue;

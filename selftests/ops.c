@@ -484,7 +484,8 @@ struct looker {
 	size_t len;
 	bool use_word;
 	volatile bool stop;
-	unsigned long whole, torn, odd, errors;
+	unsigned long whole, torn, odd;
+	int error;
 };
 
 /* Looks at all keys: one half is there, with numbers that follow each other, or it is torn. */
@@ -499,7 +500,7 @@ static bool look(struct looker *l)
 		seq[i] = 0;
 		got = map_get(l->map, l->len, key, sprintf(key, "key-%d", i), &hit);
 		if (got < 0) {
-			l->errors++;
+			l->error = got;
 			return false;
 		}
 		if (got)
@@ -584,7 +585,8 @@ TEST_F_TIMEOUT(ops, readers_see_all_of_a_batch_or_nothing, 60)
 	EXPECT_LT(500, l[0].whole);
 	EXPECT_LT(0, l[0].odd) TH_LOG("no batch came in between, so this has shown nothing");
 	EXPECT_LT(0, l[1].torn) TH_LOG("without the word nothing was torn, so this has shown nothing");
-	EXPECT_EQ(0, l[0].errors + l[1].errors);
+	EXPECT_EQ(0, l[0].error);
+	EXPECT_EQ(0, l[1].error);
 }
 
 /* ---- truncation ---- */
