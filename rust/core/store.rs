@@ -18,6 +18,9 @@
 //! instant at which a crash would leave neither. A record is never killed before
 //! the kills of older ones with its key are fenced: they could come back.
 //!
+//! If nothing was written back before the first fence (bytes that were durable
+//! already, [`Store::put_durable`]; objects of no bytes; deletes), it is left out.
+//!
 //! Atomic: the words of 3 go into a batch area (`batch.rs`) before the first
 //! fence, and one word there is what 3 stores. They are stored in their places
 //! after the second.
@@ -369,6 +372,18 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
     /// key, [`Error::TooBig`], [`Error::Invalid`] for extents that are not in use
     /// or outside the data area, [`Error::ReadOnly`], [`Error::Io`].
     pub fn put(&mut self, args: &PutArgs<'_>) -> Result<PutOutcome> {
+        self.put_bytes(args, !broken!("payload_flush"))
+    }
+
+    /// A [`put`](Self::put) of bytes, and of a key extent, that somebody has written
+    /// back *and fenced* before, many at a time perhaps. They are not written back
+    /// again, and the commit costs one fence if nothing else needs the first: no put of
+    /// another kind, no record frame to begin, no extent list, no replaced record.
+    pub fn put_durable(&mut self, args: &PutArgs<'_>) -> Result<PutOutcome> {
+        self.put_bytes(args, false)
+    }
+
+    fn put_bytes(&mut self, args: &PutArgs<'_>, flush: bool) -> Result<PutOutcome> {
         self.writable()?;
         let draft = Draft::new(&self.geo, args.key, args.extents, &args.meta)?;
         if self.next_seq >= u64::MAX / 2 {
@@ -384,7 +399,7 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         if args.if_seq.is_some_and(|seq| seq != now.seq) {
             return Err(Error::Stale);
         }
-        let (loc, word, seq) = match self.stage(&draft) {
+        let (loc, word, seq) = match self.stage(&draft, flush) {
             Err(Error::NoSpace) => {
                 if !self.atomic {
                     self.commit()?;
@@ -392,7 +407,7 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
                     now = self.look(draft.key.as_ref())?;
                 }
                 self.sync_pending()?;
-                self.stage(&draft)?
+                self.stage(&draft, flush)?
             }
             other => other?,
         };
@@ -570,12 +585,12 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
     }
 
     /// Does what a put needs besides the index. On an error nothing has changed.
-    fn stage(&mut self, draft: &Draft<'_>) -> Result<(Locator, u64, u64)> {
+    fn stage(&mut self, draft: &Draft<'_>, flush: bool) -> Result<(Locator, u64, u64)> {
         self.reserve_nodes(self.staged_keys + 1)?;
         let payload = Packer::new(draft.extents);
         hold_all(&self.frames, payload.clone(), F::hold)?;
         let done = hold_all(&self.frames, draft.key_extent.into_iter(), F::hold).and_then(|()| {
-            let staged = self.stage_lists(draft);
+            let staged = self.stage_lists(draft, flush);
             if staged.is_err() {
                 unhold_all(&self.frames, draft.key_extent.into_iter());
             }
@@ -601,10 +616,10 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         self.pool.keep = need + used / 2;
     }
 
-    fn stage_lists(&mut self, draft: &Draft<'_>) -> Result<(Locator, u64, u64)> {
+    fn stage_lists(&mut self, draft: &Draft<'_>, flush: bool) -> Result<(Locator, u64, u64)> {
         let count = draft.list_frames();
         let first = self.alloc_lists(count, Need::New)?;
-        let staged = self.stage_record(draft, first);
+        let staged = self.stage_record(draft, first, flush);
         if staged.is_err() {
             self.free_lists(first, count);
         }
@@ -650,7 +665,12 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         }
     }
 
-    fn stage_record(&mut self, draft: &Draft<'_>, first_list: u64) -> Result<(Locator, u64, u64)> {
+    fn stage_record(
+        &mut self,
+        draft: &Draft<'_>,
+        first_list: u64,
+        flush: bool,
+    ) -> Result<(Locator, u64, u64)> {
         let lines = u64::from(draft.lines);
         let open = match self.open {
             Some(open) if open.line + lines <= LINES => open,
@@ -658,7 +678,7 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         };
         let seq = self.next_seq;
         let loc = Locator(open.header.off + open.line * LINE_SIZE);
-        if !broken!("payload_flush") {
+        if flush {
             self.flush_payload(draft)?;
         }
         let word = self.write_record(draft, loc, open.header.nonce, seq, first_list)?;

@@ -48,14 +48,32 @@ impl Pmem for Fenced {
 type SimStore = Store<Fenced, HostFrames, Vec<u64>>;
 
 fn put(store: &mut SimStore, key: Key<'_>, frame: Frame) -> Result<()> {
-    let args = PutArgs {
+    let extents = [Extent::new(frame.off(), 1024)];
+    core(store.put(&args(key, &extents))).map(|_| ())
+}
+
+/// Appends what is written back and fenced already, uncounted.
+fn append_durable(store: &mut SimStore, frames: &[Frame]) -> Result<()> {
+    for frame in frames {
+        core(store.pm().flush(frame.off(), 1024))?;
+    }
+    store.pm().fence();
+    store.pm().sim.reset_counts();
+    for frame in frames {
+        let extents = [Extent::new(frame.off(), 1024)];
+        core(store.put_durable(&args(Key::None, &extents)))?;
+    }
+    Ok(())
+}
+
+fn args<'a>(key: Key<'a>, extents: &'a [Extent]) -> PutArgs<'a> {
+    PutArgs {
         key,
-        extents: &[Extent::new(frame.off(), 1024)],
+        extents,
         meta: Meta::default(),
         mode: PutMode::Upsert,
         if_seq: None,
-    };
-    core(store.put(&args)).map(|_| ())
+    }
 }
 
 /// A store with a few records in it, so that it has an open record frame and index
@@ -137,7 +155,13 @@ pub fn run() -> Result<(String, Value)> {
         measure("append of 1 KiB to the log", 1, 16, |store, frames| {
             put(store, Key::None, frames[0])
         })?,
-        measure("100 such puts in one array", 100, 1600, |store, frames| {
+        measure("append of 1 KiB that is durable already", 1, 0, |store, frames| {
+            append_durable(store, &frames[..1])
+        })?,
+        measure("100 such appends in one array", 100, 0, |store, frames| {
+            append_durable(store, &frames[..100])
+        })?,
+        measure("100 puts in one array", 100, 1600, |store, frames| {
             for (n, frame) in frames.iter().take(100).enumerate() {
                 let key = format!("0123456789abc{n:03}");
                 put(store, Key::Bytes(key.as_bytes()), *frame)?;

@@ -206,6 +206,25 @@ fn an_aborted_batch_leaves_nothing() {
 }
 
 #[test]
+fn bytes_that_were_durable_need_no_first_fence() {
+    let ops = [
+        Op::AppendDurable { tag: 1, len: 640 },
+        Op::Commit,
+        Op::AppendDurable { tag: 2, len: 64 },
+        Op::AppendDurable { tag: 3, len: 5000 },
+        Op::Commit,
+        put("a", 4, 64),
+        Op::AppendDurable { tag: 5, len: 64 },
+        Op::Commit,
+        put("a", 6, 64),
+        Op::Commit,
+        Op::AppendDurable { tag: 7, len: 64 },
+        Op::Commit,
+    ];
+    println!("{} states", crash_everywhere(&ops, 8, 40, 13));
+}
+
+#[test]
 fn a_truncated_log_stays_truncated_and_keys_stay() {
     let ops = [
         put("a", 1, 60),
@@ -459,6 +478,7 @@ fn random_histories_with_crashes_keep_the_promise() {
                         tag,
                         len: len * 30,
                     },
+                    5 if tag % 2 == 0 => Op::AppendDurable { tag, len },
                     5 => Op::Append { tag, len },
                     6..8 => Op::Delete { key },
                     8 => Op::Commit,

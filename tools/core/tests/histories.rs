@@ -42,6 +42,7 @@ fn staged() -> impl Strategy<Value = Op> {
     prop_oneof![
         4 => put(),
         2 => (any::<u64>(), 16..300usize).prop_map(|(tag, len)| Op::Append { tag, len }),
+        1 => (any::<u64>(), 16..300usize).prop_map(|(tag, len)| Op::AppendDurable { tag, len }),
         2 => key().prop_map(|key| Op::Delete { key }),
     ]
 }

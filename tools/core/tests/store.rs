@@ -36,6 +36,22 @@ fn a_keyless_record_costs_its_payload_one_line_and_two_fences() {
 }
 
 #[test]
+fn a_keyless_record_of_durable_bytes_costs_one_line_and_one_fence() {
+    let mut driver = driver();
+    for tag in 2..12 {
+        driver.run(&Op::AppendDurable { tag, len: 1024 }).unwrap();
+    }
+    // The bytes, each record's by somebody else.
+    let before = driver.store.pm().counts();
+    assert_eq!((before.lines, before.fences), (10 * 16, 10));
+    driver.run(&Op::Commit).unwrap();
+    let counts = driver.store.pm().counts();
+    assert_eq!((counts.lines, counts.fences), (10 * 17, 11));
+    assert_eq!((counts.clean, counts.idle_fences), (0, 0));
+    assert_eq!(unflushed(&driver.store), []);
+}
+
+#[test]
 fn a_record_with_a_16_byte_key_costs_its_payload_two_lines_and_two_fences() {
     let mut driver = driver();
     driver.run(&put("0123456789abcdef", 2, 1024)).unwrap();

@@ -70,6 +70,11 @@ pub enum Op {
         tag: u64,
         len: usize,
     },
+    /// To the log; written back and fenced before.
+    AppendDurable {
+        tag: u64,
+        len: usize,
+    },
     Delete {
         key: Vec<u8>,
     },
@@ -115,7 +120,7 @@ impl Model {
                     values.push(None);
                 }
             }
-            Op::Append { tag, len } => {
+            Op::Append { tag, len } | Op::AppendDurable { tag, len } => {
                 self.log.insert(*tag, (*len, false));
             }
             Op::Truncate => self.log.clear(),
@@ -213,6 +218,16 @@ impl Driver {
                 let extents = self.fill(&bytes)?;
                 self.put(Key::None, &extents, &bytes)
             }
+            Op::AppendDurable { tag, len } => {
+                let bytes = bytes_of(*tag, *len);
+                let extents = self.fill(&bytes)?;
+                for extent in &extents {
+                    self.store.pm().flush(extent.off, u64::from(extent.len))?;
+                }
+                self.store.pm().fence();
+                let args = put_args(Key::None, &extents, &bytes);
+                self.store.put_durable(&args).map(|_| ())
+            }
             Op::Delete { key } => match self.store.delete(key, None) {
                 Err(Error::NotFound) => Ok(()),
                 other => other.map(|_| ()),
@@ -282,20 +297,24 @@ impl Driver {
     }
 
     fn put(&mut self, key: Key<'_>, extents: &[Extent], bytes: &[u8]) -> Result<()> {
-        let meta = Meta {
-            csum: Sum::of(bytes),
-            csum_kind: CsumKind::Computed,
-            payload_crc: Some(crc32c_software(0, bytes)),
-            ..Meta::default()
-        };
-        let args = PutArgs {
-            key,
-            extents,
-            meta,
-            mode: PutMode::Upsert,
-            if_seq: None,
-        };
+        let args = put_args(key, extents, bytes);
         self.store.put(&args).map(|_| ())
+    }
+}
+
+fn put_args<'a>(key: Key<'a>, extents: &'a [Extent], bytes: &[u8]) -> PutArgs<'a> {
+    let meta = Meta {
+        csum: Sum::of(bytes),
+        csum_kind: CsumKind::Computed,
+        payload_crc: Some(crc32c_software(0, bytes)),
+        ..Meta::default()
+    };
+    PutArgs {
+        key,
+        extents,
+        meta,
+        mode: PutMode::Upsert,
+        if_seq: None,
     }
 }
 
