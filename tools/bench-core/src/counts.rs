@@ -155,9 +155,12 @@ pub fn run() -> Result<(String, Value)> {
         measure("append of 1 KiB to the log", 1, 16, |store, frames| {
             put(store, Key::None, frames[0])
         })?,
-        measure("append of 1 KiB that is durable already", 1, 0, |store, frames| {
-            append_durable(store, &frames[..1])
-        })?,
+        measure(
+            "append of 1 KiB that is durable already",
+            1,
+            0,
+            |store, frames| append_durable(store, &frames[..1]),
+        )?,
         measure("100 such appends in one array", 100, 0, |store, frames| {
             append_durable(store, &frames[..100])
         })?,
