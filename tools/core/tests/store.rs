@@ -4,6 +4,7 @@
 
 mod common;
 use common::*;
+use pmskb_core::host::{HostFrames, Memory};
 use pmskb_core::sim::{Rng, SimPm};
 use pmskb_core::*;
 use std::collections::BTreeMap;
@@ -573,4 +574,72 @@ fn a_number_that_was_told_is_never_given_again() {
         let log = log_of(&again.store);
         assert!(log.last().unwrap().seq > told, "{told} again: {log:?}");
     }
+}
+
+#[test]
+fn an_object_has_up_to_1_gib_in_up_to_2_to_18_extents() {
+    type MemoryStore = Store<Memory, HostFrames, Vec<u64>>;
+    let open = |pm: Memory| -> MemoryStore {
+        let geo = probe(&pm).unwrap().superblock.geometry;
+        let frames = HostFrames::new(&geo).unwrap();
+        let work = vec![0; MemoryStore::WORK_WORDS];
+        let options = RecoverOptions::default();
+        let (store, report) = Store::recover(pm, frames, work, host::list, options).unwrap();
+        assert_eq!((report.torn, report.bad_extents), (0, 0));
+        store
+    };
+    let pm = Memory::new((2 << 30) + (256 << 20));
+    format(&pm, &params()).unwrap();
+    let mut store = open(pm);
+    // Every second frame, so that no two extents are one.
+    let mut frames = Vec::new();
+    let mut extents = Vec::new();
+    for nr in 0..=2 * (1u64 << 18) {
+        let frame = store.frames().alloc(None, Need::New).unwrap();
+        if nr % 2 == 0 {
+            store.pm().store(frame.off() + 8, nr).unwrap();
+            extents.push(Extent::new(frame.off(), 4096));
+        }
+        frames.push(frame);
+    }
+    fn args(extents: &[Extent]) -> PutArgs<'_> {
+        PutArgs {
+            key: Key::Bytes(b"large"),
+            extents,
+            meta: Meta::default(),
+            mode: PutMode::Upsert,
+            if_seq: None,
+        }
+    }
+    assert_eq!(store.put(&args(&extents)), Err(Error::TooBig));
+    // As many bytes, in one extent too many.
+    let last = extents.len() - 2;
+    let mut split = extents.clone();
+    split[last] = Extent::new(extents[last].off, 4095);
+    split[last + 1] = Extent::new(extents[last + 1].off, 1);
+    assert_eq!(store.put(&args(&split)), Err(Error::TooBig));
+    extents.pop();
+    store.put(&args(&extents)).unwrap();
+    store.commit().unwrap();
+    for frame in frames {
+        store.frames().unhold(frame, 0).unwrap();
+    }
+    let (closed, pm, _, _) = store.close();
+    closed.unwrap();
+
+    let mut store = open(pm);
+    let record = store.record(store.lookup(b"large").unwrap().unwrap());
+    let record = record.unwrap();
+    assert_eq!((record.len, record.nr_extents), (1 << 30, 1 << 18));
+    let mut word = [0; 8];
+    for nr in [0, 1, 1000, 100_001, (1 << 18) - 1] {
+        let read = record.read(store.pm(), store.geometry(), nr * 4096 + 8, &mut word);
+        assert_eq!((read, u64::from_le_bytes(word)), (Ok(8), 2 * u64::from(nr)));
+    }
+    let counts = store.frames().0.borrow().counts();
+    assert_eq!((counts.payload, counts.slack), (1 << 18, 0));
+    store.delete(b"large", None).unwrap();
+    store.commit().unwrap();
+    assert_eq!(store.stats().live_bytes, 0);
+    assert_eq!(store.stats().list_frames, 0);
 }
