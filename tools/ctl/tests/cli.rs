@@ -462,3 +462,84 @@ fn fsck_looks_at_extents_and_who_uses_them() {
         ["a/1", "a/2", "b\\x0a", "shares"]
     );
 }
+
+/// Puts an object of no bytes.
+fn put_empty(store: &mut Core, key: Key<'_>) -> pmskb_core::PutOutcome {
+    let args = PutArgs {
+        key,
+        extents: &[],
+        meta: Meta::default(),
+        mode: PutMode::Upsert,
+        if_seq: None,
+    };
+    store.put(&args).unwrap()
+}
+
+#[test]
+fn fsck_tells_what_a_power_cut_leaves_from_damage() {
+    // What is found, its status, and that repairing leads to a clean image, in which
+    // these keys are.
+    let noted = |name: &str, bytes: &[u8], kind: &str, left: &[&str]| {
+        let image = Image::new(name, bytes);
+        let (status, found, _) = fsck(&image, &[]);
+        let kinds: Vec<_> = found.iter().map(|(kind, _)| kind.as_str()).collect();
+        assert_eq!((status, kinds), (0, vec![kind]), "{name}");
+        assert_eq!(std::fs::read(&image.0).unwrap(), bytes, "{name}");
+        assert_eq!(keys(&text(&image, &["ls"])), left, "{name}");
+        assert_ne!(fsck(&image, &["--repair"]).0, 4, "{name}");
+        let (status, found, _) = fsck(&image, &[]);
+        assert_eq!((status, found.len()), (0, 0), "{name}");
+        assert_eq!(keys(&text(&image, &["ls"])), left, "{name}");
+    };
+    const ALL: [&str; 4] = ["a/1", "a/2", "b\\x0a", "c"];
+
+    // Truncation writes the first superblock, then the last.
+    let (old, _) = region_with(|_| {});
+    let (mut bytes, _) = region_with(|store| store.truncate(u64::MAX).unwrap());
+    let dumped = dump(&old);
+    let sb = &dumped[0]["superblock"];
+    let of = |name: &str| sb[name].as_u64().unwrap() as usize;
+    let last = of("region_len") - 4096;
+    assert_ne!(bytes[last..], old[last..]);
+    bytes[last..].copy_from_slice(&old[last..]);
+    noted("stale", &bytes, "superblock_stale", &ALL);
+
+    // A frame's bit is set before it is a record frame's that is needed.
+    let mut bytes = old.clone();
+    let blank = of("region_len") / 4096 - 2;
+    assert!(bytes[blank * 4096..last].iter().all(|b| *b == 0));
+    bytes[of("map_off") + blank / 8] |= 1 << (blank % 8);
+    noted("blank", &bytes, "frame_blank", &ALL);
+
+    // An atomic array that is in force, one word of which is not in its place.
+    let mut pending = vec![0; old.len()];
+    region_with(|store| {
+        store.begin_atomic().unwrap();
+        put_empty(store, Key::Bytes(b"d"));
+        let at = put_empty(store, Key::Bytes(b"e")).loc.0 as usize;
+        store.commit().unwrap();
+        store.pm().read(0, &mut pending).unwrap();
+        pending[at..at + 8].fill(0);
+    });
+    let both = ["a/1", "a/2", "b\\x0a", "c", "d", "e"];
+    noted("pending", &pending, "batch_pending", &both);
+
+    // So much was committed after it that it was acknowledged.
+    let mut at = 0;
+    let (mut bytes, _) = region_with(|store| {
+        at = put_empty(store, Key::None).loc.0 as usize;
+        for _ in 0..1200 {
+            put_empty(store, Key::None);
+            store.commit().unwrap();
+        }
+    });
+    bytes[at + 20] ^= 1;
+    let image = Image::new("acknowledged", &bytes);
+    let (status, found, _) = fsck(&image, &[]);
+    assert_eq!(found, [("line_damaged".to_string(), Some(5))]);
+    assert_eq!(status, 4);
+    assert_eq!(fsck(&image, &["--repair"]).0, 4);
+    assert_eq!(fsck(&image, &["--repair=records"]).0, 1);
+    assert_eq!(fsck(&image, &[]).0, 0);
+    text(&image, &["verify"]);
+}
