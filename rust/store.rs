@@ -408,7 +408,8 @@ impl Store {
             frames_record: stats.record_frames,
             frames_list: stats.list_frames,
             frames_index: stats.index_frames,
-            frames_held: u64::from(counts.total - counts.free - counts.limbo - counts.bad)
+            // A bad frame that is in use still is in `used`, too.
+            frames_held: u64::from(counts.owned + counts.held + counts.bad_held)
                 .saturating_sub(used),
             frames_limbo: counts.limbo.into(),
             frames_bad: counts.bad.into(),

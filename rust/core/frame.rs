@@ -29,7 +29,7 @@ pub enum FrameState {
     Bad,
 }
 
-/// Frames by state; `total` is the sum of the others.
+/// Frames by state; `total` is the sum of the others, `bad_held` aside.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Counts {
     /// All data frames.
@@ -44,6 +44,8 @@ pub struct Counts {
     pub held: u32,
     /// See [`FrameState::Bad`].
     pub bad: u32,
+    /// Of those, the ones that somebody still holds.
+    pub bad_held: u32,
     /// Frames with bytes that records use.
     pub payload: u32,
     /// Bytes of those frames that no record uses. Bytes that several records use
@@ -453,6 +455,9 @@ impl<B: Buf> FrameTable<B> {
         // Sticks at the maximum: the frame is then never given out again.
         let holds = (entry.holds() + 1).min(MAX_HOLDS);
         self.set(index, entry.with_holds(holds));
+        if holds == 1 && entry.state() == FrameState::Bad {
+            self.counts.bad_held += 1;
+        }
         self.change_used(index, bytes, 0);
         Ok(())
     }
@@ -469,6 +474,9 @@ impl<B: Buf> FrameTable<B> {
         };
         self.change_used(index, 0, bytes);
         self.set(index, entry.with_holds(holds));
+        if holds == 0 && entry.state() == FrameState::Bad {
+            self.counts.bad_held = self.counts.bad_held.saturating_sub(1);
+        }
         if holds == 0 && matches!(entry.state(), FrameState::Owned | FrameState::Held) {
             self.change(index, FrameState::Limbo);
             self.push_limbo(index);
@@ -500,6 +508,10 @@ impl<B: Buf> FrameTable<B> {
     /// Never gives the frame out again. Holds on it stay as they are.
     pub fn mark_bad(&mut self, frame: Frame) -> Result<()> {
         let index = self.index(frame)?;
+        let entry = self.entry(index);
+        if entry.holds() > 0 && entry.state() != FrameState::Bad {
+            self.counts.bad_held += 1;
+        }
         // A frame in limbo stays linked; reclaim drops it when it gets there.
         self.change(index, FrameState::Bad);
         Ok(())

@@ -161,7 +161,10 @@ proptest! {
                     FrameState::Owned => seen.owned += 1,
                     FrameState::Limbo => seen.limbo += 1,
                     FrameState::Held => seen.held += 1,
-                    FrameState::Bad => seen.bad += 1,
+                    FrameState::Bad => {
+                        seen.bad += 1;
+                        seen.bad_held += u32::from(held > 0);
+                    }
                 }
                 prop_assert!(held == 0 || state != FrameState::Free);
             }
