@@ -59,9 +59,11 @@ impl FrameArea {
         let words = FrameTable::<KVVec<u64>>::words(count);
         let buf = KVVec::from_elem(0u64, words, GFP_KERNEL)?;
         let mut table = FrameTable::new(buf, first, count).map_err(crate::errno)?;
-        for bad in region.bad_pages() {
-            // Those outside the data area are not ours.
-            let _ = table.mark_bad(Frame(*bad));
+        region.set_data(first.0, count);
+        for at in first.0..first.0.saturating_add(count) {
+            if region.is_bad(at) {
+                table.mark_bad(Frame(at)).map_err(crate::errno)?;
+            }
         }
         let mut notes = KVVec::with_capacity(count as usize, GFP_KERNEL)?;
         for _ in 0..count {

@@ -38,7 +38,7 @@ use kernel::{
     sync::{
         aref::ARef,
         atomic::{ordering, Atomic, AtomicFlag, Full, Relaxed},
-        Arc,
+        Arc, SetOnce,
     },
 };
 
@@ -64,6 +64,29 @@ pub(crate) unsafe fn learn_device_type(device: *const bindings::device) {
     // SAFETY: A registered device's kobject has been initialised.
     let ktype = unsafe { (*device).kobj.ktype };
     DEVICE_KTYPE.store(ktype as usize, Relaxed);
+}
+
+/// A bit for each of so many pages, none set.
+fn bits(pages: usize) -> Result<KVVec<Atomic<u64>>> {
+    let words = pages.div_ceil(64);
+    let mut bits = KVVec::with_capacity(words, GFP_KERNEL)?;
+    for _ in 0..words {
+        bits.push(Atomic::new(0), GFP_KERNEL)?;
+    }
+    Ok(bits)
+}
+
+/// Whether a bit is set.
+fn bit(words: &[Atomic<u64>], at: u32) -> bool {
+    let word = words.get(at as usize / 64);
+    word.is_some_and(|word| word.load(Relaxed) >> (at % 64) & 1 != 0)
+}
+
+/// Sets a bit. Not two at once.
+fn set_bit(words: &[Atomic<u64>], at: u32) {
+    if let Some(word) = words.get(at as usize / 64) {
+        word.store(word.load(Relaxed) | 1 << (at % 64), Relaxed);
+    }
 }
 
 fn errno(e: u32) -> Error {
@@ -217,9 +240,17 @@ pub(crate) struct Region {
     len: usize,
     /// First page of the region in the DAX device.
     start: usize,
-    /// Bad pages as known at the time of the claim, ascending.
-    bad: KVVec<u32>,
+    /// A bit for each page: it has a media error. Never cleared.
+    bad: KVVec<Atomic<u64>>,
+    /// The same, of errors since the claim.
+    hit: KVVec<Atomic<u64>>,
+    /// The pages of the data area, if they are known yet: first, and the one after the last.
+    data: SetOnce<(u32, u32)>,
     gone: AtomicFlag,
+    /// Any of `bad`.
+    any_bad: AtomicFlag,
+    /// `gone`, or any of `hit`: what is touched must be looked at.
+    trouble: AtomicFlag,
     closed: AtomicFlag,
     lines: Atomic<u64>,
     fences: Atomic<u64>,
@@ -590,13 +621,15 @@ impl Region {
         let mut refused = KVVec::new();
         claim.find_bad(0, pages, &mut refused)?;
         // Not every driver looks, but memory that failed since boot is marked.
-        let mut bad = KVVec::new();
+        let (bad, hit) = (bits(pages)?, bits(pages)?);
+        let mut any_bad = false;
         for at in 0..pages {
             // SAFETY: There are struct pages.
             let poisoned = unsafe { ext::pmskb_page_is_poisoned(ext::pmskb_pfn_to_page(pfn + at)) };
             let at = at as u32;
             if poisoned || refused.binary_search(&at).is_ok() {
-                bad.push(at, GFP_KERNEL)?;
+                any_bad = true;
+                set_bit(&bad, at);
             }
         }
         drop(alive);
@@ -613,7 +646,11 @@ impl Region {
             len: pages << PAGE_SHIFT,
             start: claim.start,
             bad,
+            hit,
+            data: SetOnce::new(),
             gone: AtomicFlag::new(false),
+            any_bad: AtomicFlag::new(any_bad),
+            trouble: AtomicFlag::new(false),
             closed: AtomicFlag::new(false),
             lines: Atomic::new(0),
             fences: Atomic::new(0),
@@ -641,14 +678,27 @@ impl Region {
         self.pfn
     }
 
-    /// Pages that were bad when the region was claimed, ascending.
-    pub(crate) fn bad_pages(&self) -> &[u32] {
-        &self.bad
+    /// Whether a page has a media error. Any context.
+    #[inline]
+    pub(crate) fn is_bad(&self, page: u32) -> bool {
+        self.any_bad.load(Relaxed) && bit(&self.bad, page)
     }
 
-    /// Whether a page was bad when the region was claimed.
-    pub(crate) fn is_bad(&self, page: u32) -> bool {
-        self.bad.binary_search(&page).is_ok()
+    /// A page has a media error, from now on. Any context; not two at once.
+    pub(crate) fn set_bad(&self, page: u32) {
+        set_bit(&self.bad, page);
+        set_bit(&self.hit, page);
+        self.any_bad.store(true, ordering::Release);
+        self.trouble.store(true, ordering::Release);
+    }
+
+    /// Which pages are the data area's. Of these the module does not touch any more what is hit by
+    /// an error: it loads words of records and nodes that it has read before, and a machine check
+    /// in that is fatal. (Outside there is nothing to fall back on but what the memory says: a copy
+    /// survives a machine check, and a write may mend it. So it is for errors from before the
+    /// claim: recovery copies what it goes by, and only lines that are bad are lost.)
+    pub(crate) fn set_data(&self, first: u32, count: u32) {
+        self.data.populate((first, first.saturating_add(count)));
     }
 
     /// Where the byte at `off` is mapped.
@@ -690,6 +740,24 @@ impl Region {
     /// The memory is about to go: every access fails from now on.
     pub(crate) fn set_gone(&self) {
         self.gone.store(true, Relaxed);
+        self.trouble.store(true, ordering::Release);
+    }
+
+    /// Whether bytes may be touched, in a region where not all may.
+    #[cold]
+    fn check(&self, off: usize, end: usize) -> pm::Result<()> {
+        if self.gone.load(Relaxed) {
+            return Err(pm::Error::Io);
+        }
+        let Some((first, after)) = self.data.copy() else {
+            return Ok(());
+        };
+        let pages = (off >> PAGE_SHIFT) as u32..end.div_ceil(PAGE) as u32;
+        let mut pages = pages.start.max(first)..pages.end.min(after);
+        match pages.any(|page| bit(&self.hit, page)) {
+            true => Err(pm::Error::Io),
+            false => Ok(()),
+        }
     }
 
     /// Where `len` bytes at `off` are mapped, if they may be touched.
@@ -699,8 +767,8 @@ impl Region {
         if end > self.len {
             return Err(pm::Error::Invalid);
         }
-        if self.gone.load(Relaxed) {
-            return Err(pm::Error::Io);
+        if self.trouble.load(Relaxed) {
+            self.check(off, end)?;
         }
         Ok(self.base.as_ptr().wrapping_add(off))
     }
@@ -759,9 +827,12 @@ impl pm::Pmem for Region {
     }
 
     // A plain load, and not `copy_mc_to_kernel()`: that may copy byte by byte, and the core wants
-    // the 8 bytes of one instant. A machine check here is fatal, as in any kernel memory; what is
-    // known to be bad is not read, for `read()` goes over every frame at recovery.
+    // the 8 bytes of one instant. A machine check here is fatal, as in any kernel memory; so where
+    // an error is known, a copy goes first.
     fn load(&self, off: u64) -> pm::Result<u64> {
+        if self.is_bad((off >> PAGE_SHIFT) as u32) {
+            self.read(off, &mut [0; 8])?;
+        }
         Ok(u64::from_le(self.word(off)?.load(ordering::Acquire)))
     }
 

@@ -528,6 +528,7 @@ fn failed(holder: &Arc<Holder>, failure: Failure) {
                 store.minor
             );
             for page in first..first.saturating_add(count) {
+                store.region.set_bad(page);
                 store.frames.mark_bad(pm::Frame(page));
             }
             // What is mapped there faults from now on.
