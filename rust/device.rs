@@ -316,18 +316,28 @@ fn mappable(store: &Store, pgoff: u64, nr: u64) -> Option<usize> {
 /// A fault of one of our mappings.
 unsafe extern "C" fn fault(vmf: *mut bindings::vm_fault) -> bindings::vm_fault_t {
     // SAFETY: A fault of one of our mappings, whose file is open.
-    let (store, pgoff) = unsafe {
+    let (store, file, pgoff) = unsafe {
         let at = (*vmf).__bindgen_anon_1;
-        (store((*at.vma).vm_file), at.pgoff)
+        let file = (*at.vma).vm_file;
+        (store(file), LocalFile::from_raw_file(file), at.pgoff)
     };
+    let sigbus = bindings::vm_fault_reason_VM_FAULT_SIGBUS;
     let Ok(_entered) = store.enter() else {
-        return bindings::vm_fault_reason_VM_FAULT_SIGBUS;
+        return sigbus;
     };
-    match mappable(&store, pgoff as u64, 1) {
+    let inserted = match mappable(&store, pgoff as u64, 1) {
         // SAFETY: Inside, the page exists, and removal zaps after all are outside.
         Some(pfn) if !is_bad(&store, pgoff as u64) => unsafe { vma::insert(vmf, pfn) },
-        _ => bindings::vm_fault_reason_VM_FAULT_SIGBUS,
+        _ => return sigbus,
+    };
+    if is_bad(&store, pgoff as u64) {
+        // The error came meanwhile, and may have been too early to find the entry.
+        if let Ok(at) = u32::try_from(pgoff) {
+            vma::zap_file(file, at, 1);
+        }
+        return sigbus;
     }
+    inserted
 }
 
 fn is_bad(store: &Store, pgoff: u64) -> bool {
@@ -352,11 +362,19 @@ unsafe extern "C" fn huge_fault(
         return fallback;
     }
     // SAFETY: A fault of one of our mappings, whose file is open.
-    let (store, pgoff, address, start, end) = unsafe {
+    let (store, file, pgoff, address, start, end) = unsafe {
         let at = (*vmf).__bindgen_anon_1;
         let range = (*at.vma).__bindgen_anon_1.__bindgen_anon_1;
+        let file = LocalFile::from_raw_file((*at.vma).vm_file);
         let store = store((*at.vma).vm_file);
-        (store, at.pgoff, at.address, range.vm_start, range.vm_end)
+        (
+            store,
+            file,
+            at.pgoff,
+            at.address,
+            range.vm_start,
+            range.vm_end,
+        )
     };
     let (base, within) = (address & !(HUGE - 1), (address & (HUGE - 1)) / PAGE);
     let Some(first) = pgoff.checked_sub(within) else {
@@ -371,14 +389,21 @@ unsafe extern "C" fn huge_fault(
     let geo = store.geometry();
     let off = (first as u64).saturating_mul(PAGE as u64);
     let data = off >= geo.data_off && off.saturating_add(HUGE as u64) <= geo.data_end();
-    match mappable(&store, first as u64, pages as u64) {
-        // With a bad page anywhere, page by page.
+    // With a bad page anywhere, page by page.
+    let bad = || store.frames().counts().bad > 0;
+    let inserted = match mappable(&store, first as u64, pages as u64) {
         // SAFETY: As in `fault()`; aligned.
-        Some(pfn) if data && pfn % pages == 0 && store.frames().counts().bad == 0 => unsafe {
-            vma::insert_huge(vmf, pfn)
-        },
-        _ => fallback,
+        Some(pfn) if data && pfn % pages == 0 && !bad() => unsafe { vma::insert_huge(vmf, pfn) },
+        _ => return fallback,
+    };
+    if bad() {
+        // As in `fault()`.
+        if let Ok(first) = u32::try_from(first) {
+            vma::zap_file(file, first, pages as u32);
+        }
+        return bindings::vm_fault_reason_VM_FAULT_NOPAGE;
     }
+    inserted
 }
 
 /// # Safety
