@@ -145,6 +145,12 @@ impl FrameArea {
         let _ = self.table.lock().mark_bad(frame);
     }
 
+    /// Whether a frame has a media error: nothing may be put there any more. Any context.
+    #[inline]
+    pub(crate) fn is_bad(&self, frame: Frame) -> bool {
+        self.index(frame).is_some_and(|at| self.pages.is_bad(at))
+    }
+
     /// Frames by state.
     pub(crate) fn counts(&self) -> Counts {
         self.table.lock().counts()

@@ -128,7 +128,8 @@ impl HeadArea {
         // SAFETY: Any CPU's page will do: being moved meanwhile costs only locality.
         let cpu = unsafe { crate::bindings::pmskb_cpu() } as usize;
         let mut current = self.cpus.get(cpu)?.lock();
-        if current.page.is_none() || current.used + size > PAGE {
+        let bad = current.page.is_some_and(|page| self.pages.is_bad(page));
+        if current.page.is_none() || bad || current.used + size > PAGE {
             let next = self.next(current.page.take());
             current.page = next;
             current.used = 0;
@@ -151,7 +152,8 @@ impl HeadArea {
         unsafe { crate::bindings::pmskb_page_put(page) };
     }
 
-    /// Queues the page that is full, and finds one that has no heads any more.
+    /// Queues the page that is full, and finds one that has no heads any more. Bad pages are left
+    /// out from then on.
     fn next(&self, full: Option<u32>) -> Option<u32> {
         let mut queue = self.queue.lock();
         if let Some(full) = full {
@@ -159,6 +161,9 @@ impl HeadArea {
         }
         for _ in 0..SEARCH.min(queue.len) {
             let page = queue.pop()?;
+            if self.pages.is_bad(page) {
+                continue;
+            }
             if self.pages.if_idle(page, || {}) {
                 return Some(page);
             }
@@ -167,10 +172,11 @@ impl HeadArea {
         None
     }
 
-    /// Pages in all, and pages without heads now. Process context.
+    /// Pages in all, and good ones without heads now. Process context.
     pub(crate) fn counts(&self) -> (u32, u32) {
         let total = self.pages.count();
-        (total, total - self.pages.busy().min(total))
+        let free = |at: &u32| self.pages.users(*at) == 0 && !self.pages.is_bad(*at);
+        (total, (0..total).filter(free).count() as u32)
     }
 
     /// Pages with heads now. Process context.

@@ -100,6 +100,12 @@ impl Pages {
         })?
     }
 
+    /// Whether a page has a media error. Any context.
+    #[inline]
+    pub(crate) fn is_bad(&self, at: u32) -> bool {
+        self.region.is_bad(self.first + at)
+    }
+
     /// References on a page over the base reference; 0 if it is not one of these.
     pub(crate) fn users(&self, at: u32) -> u32 {
         let Some(page) = self.page(at).filter(|_| self.based.load(Relaxed)) else {

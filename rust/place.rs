@@ -196,7 +196,9 @@ impl Cursor {
         let mut near = self.last;
         if let Some(frame) = self.frame {
             near = Some(frame);
-            if self.pos < PAGE as u32 && self.notes < note::MAX {
+            // One that went bad is left for a fresh one.
+            let bad = area.is_bad(frame);
+            if self.pos < PAGE as u32 && self.notes < note::MAX && !bad {
                 if !note::reserve(area, frame, self.notes) {
                     return Err(Unplaced::NO_MEM);
                 }
