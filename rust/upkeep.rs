@@ -34,6 +34,9 @@ const SCRUB_BYTES: u64 = 4 << 20;
 /// Bad records that one `PMSKB_IOC_SCRUB` reports, at most.
 const MAX_BAD: u32 = 4096;
 
+/// What `PMSKB_IOC_SCRUB` found.
+pub(crate) type BadList = KVVec<crate::uapi::Plain<ext::pmskb_scrub_bad>>;
+
 /// Memory for the extents of one record.
 fn scratch() -> Result<KVVec<pm::Extent>> {
     Ok(KVVec::from_elem(
@@ -41,6 +44,15 @@ fn scratch() -> Result<KVVec<pm::Extent>> {
         MAX_EXTENTS,
         GFP_KERNEL,
     )?)
+}
+
+fn push_bad(bad: &mut BadList, seq: u64, error: u32) -> Result {
+    let found = ext::pmskb_scrub_bad {
+        seq,
+        error: error as i32,
+        reserved: 0,
+    };
+    Ok(bad.push(crate::uapi::Plain(found), GFP_KERNEL)?)
 }
 
 /// Bytes that compaction may bring back: of payload frames, and of record frames beyond twice what
@@ -148,11 +160,7 @@ impl Store {
     /// `PMSKB_IOC_SCRUB`: checks records against their checksums. Holds no lock while it reads, so
     /// a record that was replaced meanwhile is left out. `EINTR` if a signal came before anything
     /// was done.
-    pub(crate) fn scrub(
-        &self,
-        args: &mut ext::pmskb_scrub,
-        bad: &mut KVVec<crate::uapi::Plain<ext::pmskb_scrub_bad>>,
-    ) -> Result {
+    pub(crate) fn scrub(&self, args: &mut ext::pmskb_scrub, bad: &mut BadList) -> Result {
         if args.reserved.iter().any(|word| *word != 0) {
             return Err(EINVAL);
         }
@@ -174,10 +182,35 @@ impl Store {
             host::resched();
             let entered = self.enter()?;
             let from = args.from;
-            let record = self.core()?.get()?.log_from(from).map_err(crate::errno)?;
-            let Some(record) = record else {
-                args.done = 1;
-                break;
+            let found = {
+                let mut core = self.core()?;
+                let core: &mut Core = core.get()?;
+                match core.log_from(from) {
+                    // What cannot be read is reported, and passed over.
+                    Err(pm::Error::Io) => core.log_pass(from).map(Err),
+                    other => other.map(Ok),
+                }
+            };
+            let record = match found.map_err(crate::errno)? {
+                Ok(Some(record)) => record,
+                Ok(None) => {
+                    args.done = 1;
+                    break;
+                }
+                Err((lost, next)) => {
+                    if let Some(seq) = lost {
+                        if bad.len() >= room {
+                            break;
+                        }
+                        push_bad(bad, seq, kernel::bindings::EIO)?;
+                    }
+                    let Some(next) = next else {
+                        args.done = 1;
+                        break;
+                    };
+                    args.from = next;
+                    continue;
+                }
             };
             let mut part = [0u8; 512];
             let verdict = record.verify(self.region().as_ref(), self.geometry(), &mut part);
@@ -192,12 +225,7 @@ impl Store {
                 if bad.len() >= room {
                     break;
                 }
-                let found = ext::pmskb_scrub_bad {
-                    seq: record.seq,
-                    error: error as i32,
-                    reserved: 0,
-                };
-                bad.push(crate::uapi::Plain(found), GFP_KERNEL)?;
+                push_bad(bad, record.seq, error)?;
             }
             args.from = record.seq.saturating_add(1);
             args.records += 1;

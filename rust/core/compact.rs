@@ -88,8 +88,16 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         let mut at = from;
         let mut before: Option<Gauge> = None;
         for _ in 0..LOOK_AT {
-            let Some(header) = self.frame_from(at)? else {
-                return Ok(Compacted::default());
+            let header = match self.frame_from(at) {
+                Ok(Some(header)) => header,
+                Ok(None) => return Ok(Compacted::default()),
+                Err(Error::Io) => {
+                    // It stays, and nothing moves across it: the log has an order.
+                    at = self.unreadable_from(at)?.saturating_add(1);
+                    before = None;
+                    continue;
+                }
+                Err(error) => return Err(error),
             };
             at = header.base_seq.saturating_add(1);
             let gauge = self.gauge(&header, scratch.len())?;
@@ -112,14 +120,40 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
     }
 
     /// The first record frame with a base sequence number of `from` or more.
-    fn frame_from(&self, from: u64) -> Result<Option<FrameHeader>> {
+    /// [`Error::Io`] if it cannot be read, see [`unreadable_from`](Self::unreadable_from).
+    pub(super) fn frame_from(&self, from: u64) -> Result<Option<FrameHeader>> {
+        match self.loc_from(from)? {
+            Some(loc) => FrameHeader::read(&self.pm, loc, &self.sb.uuid).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    fn loc_from(&self, from: u64) -> Result<Option<u64>> {
         let key = from.to_be_bytes();
         let goal = Goal::Above { inclusive: true };
         let key = KeySrc::Bytes(&key);
-        match find(&self.pm, Kind::Log, live::LOG_ROOT, &key, goal)? {
-            Some(found) => FrameHeader::read(&self.pm, found.loc, &self.sb.uuid).map(Some),
-            None => Ok(None),
+        let found = find(&self.pm, Kind::Log, live::LOG_ROOT, &key, goal)?;
+        Ok(found.map(|found| found.loc))
+    }
+
+    /// The base sequence number of the frame that [`frame_from`](Self::frame_from) could
+    /// not read. The index knows it: it is the highest one from which on that frame is
+    /// the first.
+    pub(super) fn unreadable_from(&self, from: u64) -> Result<u64> {
+        let loc = self.loc_from(from)?;
+        if loc.is_none() {
+            return Err(Error::Io);
         }
+        let (mut low, mut high) = (from, self.next_seq.max(from));
+        while low < high {
+            let mid = low + (high - low).div_ceil(2);
+            if self.loc_from(mid)? == loc {
+                low = mid;
+            } else {
+                high = mid - 1;
+            }
+        }
+        Ok(low)
     }
 
     /// Whether an extent is to be moved: it fits one frame, and lies in one of which
@@ -189,7 +223,16 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         let (mut count, mut lines) = (1, first.lines);
         let mut at = first.header.base_seq.saturating_add(1);
         let mut next = None;
-        while let Some(header) = self.frame_from(at)? {
+        loop {
+            let header = match self.frame_from(at) {
+                Ok(Some(header)) => header,
+                Ok(None) => break,
+                Err(Error::Io) => {
+                    next = Some(at);
+                    break;
+                }
+                Err(error) => return Err(error),
+            };
             let gauge = self.gauge(&header, scratch.len())?;
             match (gauge, group.get_mut(count)) {
                 (Some(gauge), Some(slot)) if lines + gauge.lines < LINES => *slot = header,
@@ -339,7 +382,11 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         done: &mut Compacted,
     ) -> Result<()> {
         let len = u64::from(extent.len);
-        let room = self.fill.filter(|(_, used)| FRAME_SIZE - used >= len);
+        // One that has gone bad is left.
+        let fits = |(frame, used): &(Frame, u64)| {
+            FRAME_SIZE - used >= len && self.pm.load(frame.off()).is_ok()
+        };
+        let room = self.fill.filter(fits);
         let (frame, used) = match room {
             Some(fill) => fill,
             None => {

@@ -165,8 +165,16 @@ pub(super) fn search<P: Pmem>(
         });
     }
     if head.skip > 0 {
-        let first = key_of(pm, head.loc(pm, node, low)?)?;
-        let at = match key.compare(pm, &first, head.skip)?.0 {
+        // All keys begin with the same bytes, so any will do that can be read.
+        let mut order = Err(Error::Io);
+        for index in low..high {
+            order = key_of(pm, head.loc(pm, node, index)?)
+                .and_then(|one| Ok(key.compare(pm, &one, head.skip)?.0));
+            if order != Err(Error::Io) {
+                break;
+            }
+        }
+        let at = match order? {
             Ordering::Less => Some(low),
             Ordering::Greater => Some(high),
             Ordering::Equal => None,

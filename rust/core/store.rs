@@ -671,6 +671,21 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         first_list: u64,
         flush: bool,
     ) -> Result<(Locator, u64, u64)> {
+        if flush {
+            self.flush_payload(draft)?;
+        }
+        match self.append(draft, first_list) {
+            Err(Error::Io) => {
+                // The frame has gone bad, and what is in it stays. Now in another one.
+                self.open = None;
+                self.append(draft, first_list)
+            }
+            other => other,
+        }
+    }
+
+    /// Appends a record to the frame that is open.
+    fn append(&mut self, draft: &Draft<'_>, first_list: u64) -> Result<(Locator, u64, u64)> {
         let lines = u64::from(draft.lines);
         let open = match self.open {
             Some(open) if open.line + lines <= LINES => open,
@@ -678,9 +693,6 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         };
         let seq = self.next_seq;
         let loc = Locator(open.header.off + open.line * LINE_SIZE);
-        if flush {
-            self.flush_payload(draft)?;
-        }
         let word = self.write_record(draft, loc, open.header.nonce, seq, first_list)?;
         let frame = Frame::of(open.header.off).ok_or(Error::Damaged)?;
         self.frames.hold(frame, 0)?;
@@ -1099,6 +1111,53 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
     /// `log_from(record.seq + 1)`.
     pub fn log_after(&self, record: &Record) -> Result<Option<Record>> {
         log_next(&self.view(), record.seq.saturating_add(1), Some(record))
+    }
+
+    /// After [`Error::Io`] from [`log_from`](Self::log_from)`(seq)`: the sequence number that
+    /// cannot be read, if that is known, and where the log goes on. It is that of a
+    /// record, or, for a record frame that cannot be read, the lowest that was in it.
+    pub fn log_pass(&self, seq: u64) -> Result<(Option<u64>, Option<u64>)> {
+        let key = seq.to_be_bytes();
+        let key = KeySrc::Bytes(&key);
+        let goal = Goal::Below { inclusive: true };
+        let mut lost = None;
+        if let Some(found) = find(&self.pm, Kind::Log, live::LOG_ROOT, &key, goal)? {
+            match FrameHeader::read(&self.pm, found.loc, &self.sb.uuid) {
+                Ok(header) => {
+                    if let Some(record) = self.next_in(&header, seq)? {
+                        return Ok((Some(record), Some(record.saturating_add(1))));
+                    }
+                }
+                Err(Error::Io) => lost = Some(seq),
+                Err(error) => return Err(error),
+            }
+        }
+        let above = seq.saturating_add(1);
+        let next = match self.frame_from(above) {
+            Ok(header) => header.map(|header| header.base_seq),
+            Err(Error::Io) => Some(self.unreadable_from(above)?),
+            Err(error) => return Err(error),
+        };
+        Ok((lost, next))
+    }
+
+    /// The lowest durable sequence number of a frame's records that is `seq` or more.
+    fn next_in(&self, header: &FrameHeader, seq: u64) -> Result<Option<u64>> {
+        let mut line = 1;
+        while line < LINES {
+            match parse(&self.pm, &self.geo, header, line) {
+                Ok(Line::Put(record)) => {
+                    if (seq..=self.stats.durable_seq).contains(&record.seq) {
+                        return Ok(Some(record.seq));
+                    }
+                    line += u64::from(record.lines);
+                }
+                Ok(Line::Killed { lines, .. }) => line += lines,
+                Ok(_) | Err(Error::Io) => line += 1,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(None)
     }
 
     fn view(&self) -> View<'_, P> {
