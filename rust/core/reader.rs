@@ -7,19 +7,26 @@
 //! it. So a record that was read between two equal loads of the version was a
 //! record throughout. The version of each node on the way is checked again after
 //! the next one's was loaded, the root word's likewise (`tree::find`).
+//! For the same reason a cursor may stay in its leaf as long as the version is the same.
 //!
 //! For bytes: a record is killed, which changes its first word, before its frames
 //! are given back. So bytes that were read before a look at an unchanged first
 //! word were the record's.
 
 use super::node::Kind;
-use super::record::{key_of, parse, FrameHeader, KeySrc, Line, Locator, Record, LINES};
+use super::record::{key_of, parse, FrameHeader, KeySrc, Line, Locator, Record, FIRST_AT, LINES};
 use super::superblock::{probe, Geometry, Superblock};
 use super::tree::{find, Found, Goal};
-use super::{live, Error, Live, Pmem, Result, MAX_STAGED};
+use super::{live, Error, Extent, Live, Pmem, Result, LINE_SIZE, MAX_KEY, MAX_STAGED};
+use core::cmp::Ordering;
 
 /// How often a reader begins anew before it gives up with [`Error::Busy`].
 const TRIES: u32 = 1_000;
+
+/// So many records are fetched before they are looked at.
+const AHEAD: usize = 8;
+/// Of these, so many have come: where their bytes begin is known, and fetched.
+const BYTES_AHEAD: usize = 4;
 
 /// Which way to go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,11 +60,13 @@ pub(super) struct View<'a, P> {
 }
 
 /// The first live record of the log with a sequence number of `from` or more.
-/// `after` is the record before it, if known.
+/// `after` is the record before it, if known, and `spot` the entry of that one's frame;
+/// then of the one returned.
 pub(super) fn log_next<P: Pmem>(
     view: &View<'_, P>,
     from: u64,
     after: Option<&Record>,
+    spot: &mut Option<Found>,
 ) -> Result<Option<Record>> {
     let pm = view.pm;
     let first = after.map_or(1, |record| record.loc.line() + u64::from(record.lines));
@@ -67,8 +76,14 @@ pub(super) fn log_next<P: Pmem>(
     let mut before: Option<Found> = None;
     let mut tries = 0;
     loop {
-        let bytes = at.to_be_bytes();
-        let found = find(pm, Kind::Log, live::LOG_ROOT, &KeySrc::Bytes(&bytes), goal)?;
+        let unchecked = spot.is_some() && broken!("reader_log_cursor");
+        let found = match spot.take() {
+            None => {
+                let bytes = at.to_be_bytes();
+                find(pm, Kind::Log, live::LOG_ROOT, &KeySrc::Bytes(&bytes), goal)?
+            }
+            spot => spot,
+        };
         // Compaction may have put what follows a frame into the one that took its place:
         // what is next to it counts only if it is in its place still.
         let passed = match &before {
@@ -97,7 +112,7 @@ pub(super) fn log_next<P: Pmem>(
             pm.load(live::DURABLE_SEQ)?
         };
         let step = log_frame(view, found.loc, from, durable, after, start);
-        if !found.still(pm)? {
+        if !unchecked && !found.still(pm)? {
             tries += 1;
             if tries > TRIES {
                 return Err(Error::Busy);
@@ -105,7 +120,10 @@ pub(super) fn log_next<P: Pmem>(
             continue;
         }
         match step? {
-            Step::Record(record) => return Ok(Some(record)),
+            Step::Record(record) => {
+                *spot = Some(found);
+                return Ok(Some(record));
+            }
             Step::Next(base) => {
                 // Each turn goes to a higher frame, so this ends.
                 let higher = match goal {
@@ -237,6 +255,9 @@ impl<P: Pmem> Pmem for Mapped<P> {
     fn load_fence(&self) {
         self.pm.load_fence();
     }
+    fn prefetch(&self, off: u64) {
+        self.pm.prefetch(off);
+    }
     fn crc32c(&self, crc: u32, data: &[u8]) -> u32 {
         self.pm.crc32c(crc, data)
     }
@@ -302,57 +323,44 @@ impl<P: Pmem> Reader<P> {
 
     /// The record with `key`.
     pub fn get(&self, key: &[u8]) -> Result<Option<Record>> {
-        self.find(KeySrc::Bytes(key), Goal::Exact)
+        let (pm, key) = (&self.pm, KeySrc::Bytes(key));
+        for _ in 0..TRIES {
+            let Some(found) = find(pm, Kind::Keys, live::KEY_ROOT, &key, Goal::Exact)? else {
+                return Ok(None);
+            };
+            let line = self.line(Locator(found.loc));
+            if found.still(pm)? {
+                return match line? {
+                    Line::Put(record) => Ok(Some(record)),
+                    Line::Killed { .. } => Ok(None),
+                    _ => Err(Error::Damaged),
+                };
+            }
+        }
+        Err(Error::Busy)
     }
 
     /// The record with the next key in a direction: above (below) `key`, or with
-    /// it if `inclusive`. From that end of the index if `key` is `None`.
+    /// it if `inclusive`. From that end of the index if `key` is `None`. For more than
+    /// one of them a [`cursor`](Self::cursor) is faster.
     pub fn seek(
         &self,
         key: Option<&[u8]>,
         inclusive: bool,
         direction: Direction,
     ) -> Result<Option<Record>> {
-        let (key, goal) = view(key, inclusive, direction);
-        self.find(key, goal)
+        self.cursor(key, inclusive, direction).next()
     }
 
-    fn find(&self, key: KeySrc<'_>, goal: Goal) -> Result<Option<Record>> {
-        let pm = &self.pm;
-        let lookup = |key: &KeySrc<'_>, goal| find(pm, Kind::Keys, live::KEY_ROOT, key, goal);
-        'anew: for _ in 0..TRIES {
-            let Some(mut found) = lookup(&key, goal)? else {
-                return Ok(None);
-            };
-            // Records that are being deleted, and about to leave the index, are
-            // passed over; a batch has no more of them than this.
-            for _ in 0..=MAX_STAGED {
-                let line = self.line(Locator(found.loc));
-                if !found.still(pm)? {
-                    continue 'anew;
-                }
-                match (line?, goal) {
-                    (Line::Put(record), _) => return Ok(Some(record)),
-                    (Line::Killed { .. }, Goal::Exact) => return Ok(None),
-                    (Line::Killed { .. }, _) => (),
-                    _ => return Err(Error::Damaged),
-                }
-                let onward = match goal {
-                    Goal::Below { .. } | Goal::Last => Goal::Below { inclusive: false },
-                    _ => Goal::Above { inclusive: false },
-                };
-                let next = key_of(pm, found.loc).and_then(|key| lookup(&key, onward));
-                // While the entry is there, so is the record's key.
-                if !found.still(pm)? {
-                    continue 'anew;
-                }
-                match next? {
-                    Some(next) => found = next,
-                    None => return Ok(None),
-                }
-            }
-        }
-        Err(Error::Busy)
+    /// The records from [`seek`](Self::seek)'s on, in the order of their keys or the
+    /// opposite one.
+    pub fn cursor(
+        &self,
+        key: Option<&[u8]>,
+        inclusive: bool,
+        direction: Direction,
+    ) -> Cursor<'_, P> {
+        Cursor::new(self, key, inclusive, direction)
     }
 
     fn line(&self, loc: Locator) -> Result<Line> {
@@ -372,13 +380,17 @@ impl<P: Pmem> Reader<P> {
 
     /// The live record with the lowest sequence number that is `seq` or more.
     pub fn log_from(&self, seq: u64) -> Result<Option<Record>> {
-        log_next(&self.view(), seq, None)
+        self.log(seq).next()
     }
 
-    /// The live record that follows in the log. Faster than
-    /// `log_from(record.seq + 1)`.
-    pub fn log_after(&self, record: &Record) -> Result<Option<Record>> {
-        log_next(&self.view(), record.seq.saturating_add(1), Some(record))
+    /// The live records with a sequence number of `seq` or more, in that order.
+    pub fn log(&self, seq: u64) -> LogCursor<'_, P> {
+        LogCursor {
+            reader: self,
+            from: seq,
+            last: None,
+            spot: None,
+        }
     }
 
     /// Whether a record is still alive, so that what was read of its key and
@@ -409,5 +421,175 @@ impl<P: Pmem> Reader<P> {
     /// The mapping.
     pub fn pm(&self) -> &P {
         &self.pm.pm
+    }
+}
+
+/// Goes over a reader's records by key; see [`Reader::cursor`].
+///
+/// It stays in its leaf of the index, and looks the last key up anew only when the
+/// leaf ends or has changed. Keys come in their order, none of them twice; what is there
+/// all the time is not passed over; what comes and goes meanwhile may be seen or not.
+pub struct Cursor<'a, P> {
+    reader: &'a Reader<P>,
+    forward: bool,
+    /// What to look up anew: the key before, of which so many bytes count, and where
+    /// to go from it.
+    key: [u8; MAX_KEY],
+    len: usize,
+    goal: Goal,
+    /// The next one, until it is certain.
+    fresh: [u8; MAX_KEY],
+    /// The key's entry, as long as its leaf does not change.
+    spot: Option<Found>,
+    /// So many entries behind that one are fetched.
+    ahead: usize,
+}
+
+impl<'a, P: Pmem> Cursor<'a, P> {
+    fn new(
+        reader: &'a Reader<P>,
+        key: Option<&[u8]>,
+        inclusive: bool,
+        direction: Direction,
+    ) -> Self {
+        let mut cursor = Cursor {
+            reader,
+            forward: direction == Direction::Forward,
+            key: [0; MAX_KEY],
+            fresh: [0; MAX_KEY],
+            len: 0,
+            goal: view(key, inclusive, direction).1,
+            spot: None,
+            ahead: 0,
+        };
+        let key = key.unwrap_or(&[]);
+        for (to, from) in cursor.key.iter_mut().zip(key) {
+            *to = *from;
+        }
+        cursor.len = key.len().min(MAX_KEY);
+        if key.len() > MAX_KEY {
+            // No key lies between its beginning and itself.
+            cursor.goal = cursor.beyond(!cursor.forward);
+        }
+        cursor
+    }
+
+    fn beyond(&self, inclusive: bool) -> Goal {
+        if self.forward {
+            Goal::Above { inclusive }
+        } else {
+            Goal::Below { inclusive }
+        }
+    }
+
+    /// Fetches the records of the entries behind one, so that they come while those before
+    /// them are looked at.
+    fn fetch(&mut self, found: &Found) {
+        let pm = &self.reader.pm;
+        if let Some(next) = found.onward(pm, self.forward, BYTES_AHEAD) {
+            // Whatever it is, it is but a hint.
+            if let Ok(first) = pm.load(next.loc.saturating_add(FIRST_AT)) {
+                pm.prefetch(Extent::unpack(first).off);
+            }
+        }
+        while self.ahead < AHEAD {
+            self.ahead += 1;
+            let Some(next) = found.onward(pm, self.forward, self.ahead) else {
+                return;
+            };
+            pm.prefetch(Locator(next.loc).frame_off());
+            pm.prefetch(next.loc);
+            pm.prefetch(next.loc.saturating_add(LINE_SIZE));
+        }
+    }
+
+    /// The key of the record that [`next`](Self::next) has returned: read with it, so
+    /// that nobody has to ask whether it is still alive.
+    pub fn key(&self) -> &[u8] {
+        self.key.get(..self.len).unwrap_or(&[])
+    }
+
+    /// The next record. At the end `None`, unless one has come meanwhile. After an error
+    /// it goes on from the same place.
+    #[allow(clippy::should_implement_trait)] // An iterator's end is for good.
+    pub fn next(&mut self) -> Result<Option<Record>> {
+        let reader = self.reader;
+        let pm = &reader.pm;
+        // Records that are being deleted, and about to leave the index, are passed over;
+        // a batch has no more of them than this.
+        for _ in 0..TRIES + MAX_STAGED as u32 {
+            let beside = self.spot.and_then(|spot| spot.onward(pm, self.forward, 1));
+            let found = match beside {
+                Some(found) => found,
+                None => {
+                    let key = KeySrc::Bytes(self.key());
+                    match find(pm, Kind::Keys, live::KEY_ROOT, &key, self.goal)? {
+                        Some(found) => found,
+                        None => return Ok(None),
+                    }
+                }
+            };
+            match beside {
+                Some(_) => self.ahead = self.ahead.saturating_sub(1),
+                None => self.ahead = 0,
+            }
+            if self.spot.is_some() {
+                // More than one was asked for.
+                self.fetch(&found);
+            }
+            let line = reader.line(Locator(found.loc));
+            let read = key_of(pm, found.loc).and_then(|key| key.read(pm, 0, &mut self.fresh));
+            // While the entry is there, so are the record and its key.
+            let unchecked = beside.is_some() && broken!("reader_cursor");
+            if !unchecked && !found.still(pm)? {
+                self.spot = None;
+                continue;
+            }
+            let key = self.fresh.get(..read?).ok_or(Error::Damaged)?;
+            let onward = match (key.cmp(self.key()), self.goal) {
+                (_, Goal::Last) => true,
+                (Ordering::Equal, goal) => goal == self.beyond(true),
+                (order, _) => (order == Ordering::Greater) == self.forward,
+            };
+            let line = line?;
+            // With keys in order there is an end to them, whatever the index says.
+            if !onward || !matches!(line, Line::Put(_) | Line::Killed { .. }) {
+                return Err(Error::Damaged);
+            }
+            if let Some(to) = self.key.get_mut(..key.len()) {
+                to.copy_from_slice(key);
+            }
+            self.len = key.len();
+            self.goal = self.beyond(false);
+            self.spot = Some(found);
+            if let Line::Put(record) = line {
+                return Ok(Some(record));
+            }
+        }
+        Err(Error::Busy)
+    }
+}
+
+/// Goes over a reader's records by number; see [`Reader::log`].
+pub struct LogCursor<'a, P> {
+    reader: &'a Reader<P>,
+    from: u64,
+    last: Option<Record>,
+    /// The entry of the last one's frame, as long as its leaf does not change.
+    spot: Option<Found>,
+}
+
+impl<P: Pmem> LogCursor<'_, P> {
+    /// The next record. At the end `None`, unless one has come meanwhile. After an error
+    /// it goes on from the same place.
+    #[allow(clippy::should_implement_trait)] // An iterator's end is for good.
+    pub fn next(&mut self) -> Result<Option<Record>> {
+        let last = self.last.as_ref();
+        let next = log_next(&self.reader.view(), self.from, last, &mut self.spot)?;
+        if let Some(record) = next {
+            self.from = record.seq.saturating_add(1);
+            self.last = next;
+        }
+        Ok(next)
     }
 }

@@ -35,6 +35,9 @@ pub(super) const INLINE_LINES: u64 = (MAX_INLINE as u64 * 8).div_ceil(LINE_SIZE)
 /// Extents in one list frame.
 pub(super) const PER_LIST: u32 = ((FRAME_SIZE - LINE_SIZE) / 8) as u32;
 
+/// Where in a record its first extent is.
+pub(super) const FIRST_AT: u64 = 32;
+
 const FRAME_MAGIC: u32 = u32::from_le_bytes(*b"PKrf");
 const LIST_MAGIC: u32 = u32::from_le_bytes(*b"PKel");
 

@@ -1104,13 +1104,18 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
     /// The live record with the lowest sequence number that is `seq` or more;
     /// committed ones only.
     pub fn log_from(&self, seq: u64) -> Result<Option<Record>> {
-        log_next(&self.view(), seq, None)
+        log_next(&self.view(), seq, None, &mut None)
     }
 
     /// The live record that follows in the log. Faster than
     /// `log_from(record.seq + 1)`.
     pub fn log_after(&self, record: &Record) -> Result<Option<Record>> {
-        log_next(&self.view(), record.seq.saturating_add(1), Some(record))
+        log_next(
+            &self.view(),
+            record.seq.saturating_add(1),
+            Some(record),
+            &mut None,
+        )
     }
 
     /// After [`Error::Io`] from [`log_from`](Self::log_from)`(seq)`: the sequence number that

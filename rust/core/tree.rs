@@ -584,7 +584,9 @@ pub(super) enum Goal {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Found {
     pub(super) loc: u64,
+    /// The leaf, which of its entries, and the version that it must keep.
     node: u64,
+    index: usize,
     version: u64,
 }
 
@@ -597,6 +599,26 @@ impl Found {
         }
         pm.load_fence();
         Ok(pm.load(self.node)? == self.version)
+    }
+
+    /// The entry so many places further on in the leaf, if that has so many. What it
+    /// says is true only if it is [`still`](Self::still) there afterwards.
+    pub(super) fn onward<P: Pmem>(&self, pm: &P, forward: bool, by: usize) -> Option<Found> {
+        let index = if forward {
+            self.index.checked_add(by)
+        } else {
+            self.index.checked_sub(by)
+        }?;
+        let head = Head::read(pm, self.node).ok()?;
+        if head.level != 0 || index >= head.count {
+            return None;
+        }
+        let loc = head.loc(pm, self.node, index).ok()?;
+        Some(Found {
+            loc,
+            index,
+            ..*self
+        })
     }
 }
 
@@ -625,14 +647,6 @@ impl Seen {
         pm.load_fence();
         Ok(pm.load(self.node)? == self.version)
     }
-
-    fn found(self, loc: u64) -> Option<Found> {
-        Some(Found {
-            loc,
-            node: self.node,
-            version: self.version,
-        })
-    }
 }
 
 /// One attempt of [`find`]; `None` if something changed meanwhile.
@@ -657,10 +671,12 @@ fn attempt<P: Pmem>(
         return Ok(None);
     }
     let mut seen = Seen { node, version };
-    // The next subtree's smallest record, and the subtree before, if any.
-    let mut next: Option<(Seen, u64)> = None;
-    let mut before: Option<(Seen, u64, usize)> = None;
-    for level in (0..height).rev() {
+    let mut level = height - 1;
+    let forward = matches!(goal, Goal::Above { .. });
+    // The subtree beside the way taken, if any: in a node, a child of it, its level.
+    let mut beside: Option<(Seen, u64, usize)> = None;
+    let mut turned = false;
+    loop {
         let node = seen.node;
         let head = Head::read(pm, node)?;
         if usize::from(head.level) != level {
@@ -673,80 +689,69 @@ fn attempt<P: Pmem>(
             (place.at, place.exact)
         };
         if level > 0 {
+            level -= 1;
             let index = if exact {
                 place_at
             } else {
                 place_at.saturating_sub(1)
             };
-            if index + 1 < head.count {
-                next = Some((seen, head.loc(pm, node, index + 1)?));
+            let other = if forward {
+                Some(index + 1).filter(|other| *other < head.count)
+            } else {
+                index.checked_sub(1)
+            };
+            if let (Some(other), false) = (other, turned) {
+                beside = Some((seen, head.child(pm, node, other)?, level));
             }
-            if index > 0 {
-                before = Some((seen, head.child(pm, node, index - 1)?, level - 1));
-            }
-            let child = head.child(pm, node, index)?;
-            match seen.child(pm, child)? {
+            match seen.child(pm, head.child(pm, node, index)?)? {
                 Some(child) => seen = child,
                 None => return Ok(None),
             }
             continue;
         }
         let index = match goal {
-            Goal::Exact if exact => Some(place_at),
-            Goal::Exact => return Ok(seen.holds(pm)?.then_some(None)),
+            _ if turned && broken!("reader_beside") => Some(if forward {
+                0
+            } else {
+                head.count.saturating_sub(1)
+            }),
+            Goal::Exact => exact.then_some(place_at),
             Goal::Above { inclusive } => Some(place_at + usize::from(exact && !inclusive)),
             Goal::Below { inclusive } => {
                 (place_at + usize::from(exact && inclusive)).checked_sub(1)
             }
             Goal::Last => head.count.checked_sub(1),
         };
-        match index {
-            Some(index) if index < head.count => {
-                let loc = head.loc(pm, node, index)?;
-                return Ok(seen.holds(pm)?.then(|| seen.found(loc)));
-            }
-            Some(_) => {
-                if !seen.holds(pm)? {
-                    return Ok(None);
-                }
-                let Some((seen, loc)) = next else {
-                    return Ok(Some(None));
-                };
-                return Ok(seen.holds(pm)?.then(|| seen.found(loc)));
-            }
-            None => {
-                if !seen.holds(pm)? {
-                    return Ok(None);
-                }
-            }
-        }
-    }
-    // The key below is the last one of the subtree before.
-    let Some((parent, child, level)) = before else {
-        return Ok(Some(None));
-    };
-    let Some(mut seen) = parent.child(pm, child)? else {
-        return Ok(None);
-    };
-    for level in (0..=level).rev() {
-        let node = seen.node;
-        let head = Head::read(pm, node)?;
-        let Some(last) = head.count.checked_sub(1) else {
-            return Ok(None);
+        let found = match index {
+            Some(index) if index < head.count => Some(Found {
+                loc: head.loc(pm, node, index)?,
+                node,
+                index,
+                version: seen.version,
+            }),
+            _ => None,
         };
-        if usize::from(head.level) != level {
+        if !seen.holds(pm)? {
             return Ok(None);
         }
-        if level == 0 {
-            let loc = head.loc(pm, node, last)?;
-            return Ok(seen.holds(pm)?.then(|| seen.found(loc)));
-        }
-        match seen.child(pm, head.child(pm, node, last)?)? {
-            Some(child) => seen = child,
-            None => return Ok(None),
+        match beside {
+            Some((parent, child, below)) if found.is_none() && goal != Goal::Exact => {
+                // The nearest one is there, but need not be at its end: one that is being
+                // split still has what the next one has, too, and one whose first entry
+                // goes has it still when the separator is another one.
+                if turned {
+                    return Ok(None);
+                }
+                turned = true;
+                level = below;
+                match parent.child(pm, child)? {
+                    Some(child) => seen = child,
+                    None => return Ok(None),
+                }
+            }
+            _ => return Ok(Some(found)),
         }
     }
-    Ok(None)
 }
 
 /// Finds a key, or the next one to it, in the tree whose root word is at `at`.

@@ -641,35 +641,7 @@ fn read(reader: &Reader<Weak>, base: &Base, near: u64) {
                 return;
             }
         },
-        2 | 3 => {
-            let up = random(2) == 0;
-            let direction = if up {
-                Direction::Forward
-            } else {
-                Direction::Backward
-            };
-            let Some(record) = tried(reader.seek(Some(&key(n)), false, direction)) else {
-                return;
-            };
-            let mut next = if up { n + 1..base.keys } else { 0..n };
-            let next = if up {
-                next.find(there)
-            } else {
-                next.rev().find(there)
-            };
-            match record {
-                None => assert_eq!(next, None, "there is a key next to {n}"),
-                Some(record) => {
-                    let Some(found) = look(reader, base, &record) else {
-                        return;
-                    };
-                    assert!(if up { found > n } else { found < n }, "{found} at {n}");
-                    let passed =
-                        next.is_some_and(|next| if up { next < found } else { next > found });
-                    assert!(!passed, "{next:?} is there, {found} was found from {n}");
-                }
-            }
-        }
+        2 | 3 => walk(reader, base, near, &told),
         4 | 5 => {
             let both = reader.snapshot(|reader| Ok([one(reader, base, 0)?, one(reader, base, 1)?]));
             let Some([Some(one), Some(other)]) = tried(both) else {
@@ -679,6 +651,45 @@ fn read(reader: &Reader<Weak>, base: &Base, near: u64) {
             assert_eq!(one, other, "half of a batch");
         }
         _ => scan(reader, base, &told),
+    }
+}
+
+/// Goes over a few keys, up or down.
+fn walk(reader: &Reader<Weak>, base: &Base, near: u64, told: &Told) {
+    let up = random(2) == 0;
+    let direction = if up {
+        Direction::Forward
+    } else {
+        Direction::Backward
+    };
+    let there = |n: &u64| always(*n) && *n < base.keys;
+    let mut at = near + random(NEAR);
+    let mut cursor = reader.cursor(Some(&key(at)), false, direction);
+    for _ in 0..[2, 8][random(2) as usize] {
+        let Some(record) = tried(cursor.next()) else {
+            continue;
+        };
+        let mut next = if up { at + 1..base.keys } else { 0..at };
+        let next = if up {
+            next.find(there)
+        } else {
+            next.rfind(there)
+        };
+        let Some(record) = record else {
+            return assert_eq!(next, None, "there is a key next to {at}");
+        };
+        let text = std::str::from_utf8(cursor.key()).unwrap();
+        let n = text.strip_prefix("prefix/").unwrap().parse().unwrap();
+        assert!(if up { n > at } else { n < at }, "{n} comes after {at}");
+        let passed = next.is_some_and(|next| if up { next < n } else { next > n });
+        assert!(!passed, "{next:?} is there, {n} was found from {at}");
+        if let Some(seq) = told.keys.get(&n) {
+            assert!(record.seq >= *seq, "key {n} has a record of before");
+        }
+        if let Some(found) = look(reader, base, &record) {
+            assert_eq!(found, n);
+        }
+        at = n;
     }
 }
 
@@ -701,10 +712,11 @@ fn scan(reader: &Reader<Weak>, base: &Base, told: &Told) {
         0 => random(base.keys + 4),
         _ => base.keys + random(6),
     };
-    let Some(mut record) = tried(reader.log_from(from)) else {
-        return;
-    };
+    let mut log = reader.log(from);
     for _ in 0..[3, 12][random(2) as usize] {
+        let Some(record) = tried(log.next()) else {
+            continue;
+        };
         let end = record.map_or(u64::MAX, |record| record.seq);
         assert!(end >= from, "the log goes back");
         let passed = base
@@ -730,10 +742,6 @@ fn scan(reader: &Reader<Weak>, base: &Base, told: &Told) {
             assert!(here.seq >= *seq, "the log has a replaced record");
         }
         from = end + 1;
-        let Some(next) = tried(reader.log_after(&here)) else {
-            return;
-        };
-        record = next;
     }
 }
 

@@ -7,6 +7,7 @@ use common::{bytes_of, params};
 use pmskb_core::host::{HostFrames, Memory};
 use pmskb_core::sim::Rng;
 use pmskb_core::*;
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -125,17 +126,21 @@ fn put(store: &mut Store<&Memory, HostFrames, Vec<u64>>, n: u64, rng: &mut Rng) 
 fn reader(memory: &Memory, thread: u64, stop: &AtomicBool, counts: &Counts) {
     let reader = Reader::open(memory).unwrap();
     let geo = reader.superblock().geometry;
+    let stable: BTreeSet<_> = (0..STABLE).map(key).collect();
     let mut rng = Rng(100 + thread);
+    let directions = [Direction::Forward, Direction::Backward];
+    let mut up = true;
+    let mut cursor = reader.cursor(None, true, Direction::Forward);
     let mut at: Option<Vec<u8>> = None;
-    let mut log = 0;
+    let mut log = reader.log(0);
     while !stop.load(Ordering::Relaxed) {
         let n = some(&mut rng);
         let wanted = key(n);
         let which = rng.below(3);
         let record = match which {
             0 => reader.get(&wanted),
-            1 => reader.seek(at.as_deref(), false, Direction::Forward),
-            _ => reader.log_from(log),
+            1 => cursor.next(),
+            _ => log.next(),
         };
         let record = match record {
             // The writer lost the CPU in the middle of a node.
@@ -152,13 +157,25 @@ fn reader(memory: &Memory, thread: u64, stop: &AtomicBool, counts: &Counts) {
         );
         let Some(record) = record else {
             match which {
-                1 => at = None,
-                _ => log = 0,
+                1 => {
+                    up = !up;
+                    cursor = reader.cursor(None, true, directions[usize::from(!up)]);
+                    at = None;
+                }
+                _ => log = reader.log(0),
             }
             continue;
         };
-        if which == 2 {
-            log = record.seq + 1;
+        let cursor_key = (which == 1).then(|| cursor.key().to_vec());
+        if let Some(now) = &cursor_key {
+            let onward = at.as_ref().is_none_or(|at| (at < now) == up && at != now);
+            assert!(onward, "the keys go back");
+            let skipped = stable.iter().find(|key| {
+                let behind = at.as_ref().is_none_or(|at| (at < key) == up && at != *key);
+                behind && (*key < now) == up && *key != now
+            });
+            assert_eq!(skipped, None, "it is always there");
+            at = cursor_key.clone();
         }
         // Longer than it takes to read, at times: the record may go meanwhile.
         if rng.below(4) == 0 {
@@ -178,12 +195,9 @@ fn reader(memory: &Memory, thread: u64, stop: &AtomicBool, counts: &Counts) {
             "not durable"
         );
         assert_eq!(read, Ok(bytes.len()));
-        if !whole(&found, &bytes) {
+        let same = cursor_key.is_none_or(|key| key == found);
+        if !same || !whole(&found, &bytes) {
             counts.torn.fetch_add(1, Ordering::Relaxed);
-            continue;
-        }
-        if at.as_ref().is_none_or(|at| *at < found) {
-            at = Some(found);
         }
     }
 }

@@ -12,8 +12,6 @@ use std::collections::BTreeSet;
 
 /// Of one call: it begins anew a thousand times, and then says that it is busy.
 const BUDGET: u64 = 30_000_000;
-/// Steps of a walk. In a damaged tree it need not end.
-const STEPS: usize = 150;
 
 thread_local! {
     static BASE: (Scratch, Anatomy, BTreeSet<u64>) = {
@@ -54,7 +52,7 @@ pub fn run(data: &[u8]) {
 }
 
 /// Reads a record's key and bytes.
-fn look(mem: &Scratch, reader: &Reader<&Scratch>, record: &Record) -> Vec<u8> {
+fn look(mem: &Scratch, reader: &Reader<&Scratch>, record: &Record) {
     let geo = &reader.superblock().geometry;
     let mut key = vec![0; usize::from(record.key_len.unwrap_or(0))];
     let _ = record.read_key(mem, 0, &mut key);
@@ -65,25 +63,33 @@ fn look(mem: &Scratch, reader: &Reader<&Scratch>, record: &Record) -> Vec<u8> {
     let _ = record.verify(mem, geo, &mut part);
     let _ = record.read(mem, geo, 5, &mut part);
     let _ = reader.still(record);
-    key
 }
 
 fn walk(mem: &Scratch, reader: &Reader<&Scratch>, direction: Direction) {
-    let mut at: Option<Vec<u8>> = None;
-    for _ in 0..STEPS {
+    let mut cursor = reader.cursor(None, true, direction);
+    let mut last: Option<Vec<u8>> = None;
+    // Each key is beyond the one before, so this ends.
+    loop {
         mem.allow(BUDGET);
-        let Ok(Some(record)) = reader.seek(at.as_deref(), false, direction) else {
+        let Ok(Some(record)) = cursor.next() else {
             return;
         };
-        at = Some(look(mem, reader, &record));
+        let key = cursor.key();
+        let onward = last.is_none_or(|last| match direction {
+            Direction::Forward => last.as_slice() < key,
+            Direction::Backward => last.as_slice() > key,
+        });
+        assert!(onward, "the keys go back");
+        last = Some(key.to_vec());
+        look(mem, reader, &record);
     }
 }
 
 fn log(mem: &Scratch, reader: &Reader<&Scratch>, known: &dyn Fn(&Record) -> bool) {
     mem.allow(BUDGET);
-    let mut next = reader.log_from(0);
+    let mut log = reader.log(0);
     let mut last = None;
-    while let Ok(Some(record)) = next {
+    while let Ok(Some(record)) = log.next() {
         assert!(
             last.is_none_or(|last| last < record.seq),
             "the log goes back"
@@ -92,6 +98,5 @@ fn log(mem: &Scratch, reader: &Reader<&Scratch>, known: &dyn Fn(&Record) -> bool
         assert!(known(&record), "record {} never was", record.seq);
         look(mem, reader, &record);
         mem.allow(BUDGET);
-        next = reader.log_after(&record);
     }
 }

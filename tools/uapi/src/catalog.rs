@@ -174,15 +174,21 @@ impl Catalog {
     /// All records in the order of their sequence numbers, from `seq` on.
     pub fn log(&self, seq: u64) -> impl Iterator<Item = core::Result<Record>> + '_ {
         let mut next = Some(seq);
-        std::iter::from_fn(move || match self.log_from(next?).transpose()? {
-            Ok(record) => {
-                next = record.seq.checked_add(1);
-                Some(Ok(record))
-            }
-            Err(e) => {
-                next = None;
-                Some(Err(e))
-            }
+        let mut live = match &self.source {
+            Source::Live(reader) => Some(reader.log(seq)),
+            Source::Offline(..) => None,
+        };
+        std::iter::from_fn(move || {
+            let seq = next?;
+            let found = match &mut live {
+                Some(log) => retry(|| log.next()),
+                None => self.log_from(seq),
+            };
+            next = match &found {
+                Ok(Some(record)) => record.seq.checked_add(1),
+                _ => None,
+            };
+            found.transpose()
         })
     }
 
@@ -215,27 +221,35 @@ impl Catalog {
                     Bound::Unbounded => true,
                 }
         };
-        // Where to seek next: a key, and whether it counts itself.
-        let mut at = Some(match (direction, &from, &to) {
-            (Direction::Forward, Bound::Included(from), _) => (Some(from.clone()), true),
-            (Direction::Forward, Bound::Excluded(from), _) => (Some(from.clone()), false),
-            (Direction::Backward, _, Some(to)) => (Some(to.clone()), false),
+        // Where to begin: at a key, and whether it counts itself.
+        let (start, inclusive) = match (direction, &from, &to) {
+            (Direction::Forward, Bound::Included(from), _) => (Some(from), true),
+            (Direction::Forward, Bound::Excluded(from), _) => (Some(from), false),
+            (Direction::Backward, _, Some(to)) => (Some(to), false),
             _ => (None, true),
-        });
+        };
+        let mut live = match &self.source {
+            Source::Live(reader) => {
+                Some(reader.cursor(start.map(Vec::as_slice), inclusive, direction))
+            }
+            Source::Offline(..) => None,
+        };
+        let mut at = Some((start.cloned(), inclusive));
         std::iter::from_fn(move || {
-            let (key, inclusive) = at.take()?;
-            let step = || -> core::Result<Option<(Vec<u8>, Record)>> {
-                // A record that is replaced while its key is read is looked for
-                // again.
-                for _ in 0..TRIES {
-                    let Some(record) = self.seek(key.as_deref(), inclusive, direction)? else {
-                        return Ok(None);
-                    };
-                    if let Some(key) = self.key(&record)? {
-                        return Ok(within(&key, to.as_ref(), &from).then_some((key, record)));
+            let (before, inclusive) = at.take()?;
+            let mut step = || -> core::Result<Option<(Vec<u8>, Record)>> {
+                let found = match &mut live {
+                    Some(cursor) => {
+                        let record = retry(|| cursor.next())?;
+                        record.map(|record| (cursor.key().to_vec(), record))
                     }
-                }
-                Err(core::Error::Busy)
+                    None => {
+                        let record = self.seek(before.as_deref(), inclusive, direction)?;
+                        let key = record.map(|record| self.key(&record)).transpose()?;
+                        key.flatten().zip(record)
+                    }
+                };
+                Ok(found.filter(|(key, _)| within(key, to.as_ref(), &from)))
             };
             let found = step();
             if let Ok(Some((key, _))) = &found {
