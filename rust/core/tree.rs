@@ -117,14 +117,26 @@ impl Tree {
         way.path.get(depth).copied().ok_or(Error::Damaged)
     }
 
-    /// How many bytes the keys of all entries have in common; 0 for fewer than 2.
-    fn best_skip<P: Pmem>(&self, pm: &P, node: u64, head: &Head) -> Result<usize> {
+    /// Skips what all keys of a node that is being written have in common, if half of
+    /// their prefixes is such: then these tell too little. Less is not worth it, as each
+    /// record that has to be looked at for its key is a cache miss or two.
+    fn tighten<P: Pmem>(&self, pm: &P, node: u64, head: &mut Head) -> Result<()> {
         if self.kind == Kind::Log || head.count < head.low() + 2 {
-            return Ok(0);
+            return Ok(());
         }
-        let first = key_of(pm, head.loc(pm, node, head.low())?)?;
-        let last = key_of(pm, head.loc(pm, node, head.count - 1)?)?;
-        Ok(first.compare(pm, &last, first.len())?.1)
+        let (first, last) = (head.low(), head.count - 1);
+        let differ = head.prefix(pm, node, first)? ^ head.prefix(pm, node, last)?;
+        if differ >> 32 != 0 {
+            return Ok(());
+        }
+        let first = key_of(pm, head.loc(pm, node, first)?)?;
+        let last = key_of(pm, head.loc(pm, node, last)?)?;
+        let best = first.compare(pm, &last, first.len())?.1;
+        if best > head.skip {
+            head.skip = best;
+            self.rewrite(pm, node, head)?;
+        }
+        Ok(())
     }
 
     /// Gives all prefixes of a node the skip that `head` has.
@@ -172,11 +184,7 @@ impl Tree {
         head.count += 1;
         // Now and then, see whether the keys have more in common by now.
         if matches!(head.count, 4 | 16 | 32) {
-            let best = self.best_skip(pm, node, &head)?;
-            if best > head.skip {
-                head.skip = best;
-                self.rewrite(pm, node, &head)?;
-            }
+            self.tighten(pm, node, &mut head)?;
         }
         head.write(pm, node)?;
         pool.end(pm, node)
@@ -202,7 +210,7 @@ impl Tree {
         let mut right_head = Head {
             count: head.count - mid,
             level: head.level,
-            skip: 0,
+            skip: head.skip,
         };
         let separator = head.loc(pm, node, mid)?;
         pool.begin(pm, right)?;
@@ -213,8 +221,7 @@ impl Tree {
             }
             right_head.set(pm, right, from - mid, entry)?;
         }
-        right_head.skip = self.best_skip(pm, right, &right_head)?;
-        self.rewrite(pm, right, &right_head)?;
+        self.tighten(pm, right, &mut right_head)?;
         right_head.write(pm, right)?;
         pool.end(pm, right)?;
 
@@ -249,8 +256,7 @@ impl Tree {
 
         pool.begin(pm, node)?;
         head.count = mid;
-        head.skip = self.best_skip(pm, node, &head)?;
-        self.rewrite(pm, node, &head)?;
+        self.tighten(pm, node, &mut head)?;
         head.write(pm, node)?;
         pool.end(pm, node)
     }
@@ -349,8 +355,7 @@ impl Tree {
                 )?;
             }
             if ties {
-                head.skip = self.best_skip(pm, node, &head)?;
-                self.rewrite(pm, node, &head)?;
+                self.tighten(pm, node, &mut head)?;
             }
             head.write(pm, node)?;
             pool.end(pm, node)?;
@@ -373,8 +378,7 @@ impl Tree {
 
     /// Ends the filling of an inner node.
     fn settle<P: Pmem>(&self, pm: &P, pool: &mut Pool, node: u64, mut head: Head) -> Result<()> {
-        head.skip = self.best_skip(pm, node, &head)?;
-        self.rewrite(pm, node, &head)?;
+        self.tighten(pm, node, &mut head)?;
         head.write(pm, node)?;
         pool.end(pm, node)
     }
