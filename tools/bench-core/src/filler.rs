@@ -2,13 +2,13 @@
 
 //! A store and somebody who puts into it, as the module's receive path does.
 
-use crate::map::MappedFile;
+use crate::map::Region;
 use anyhow::{anyhow, Result};
 use pmskb_core::host::HostFrames;
 use pmskb_core::sim::Rng;
 use pmskb_core::*;
 
-pub type MapStore<'a> = Store<&'a MappedFile, HostFrames, Vec<u64>>;
+pub type MapStore<'a> = Store<&'a Region, HostFrames, Vec<u64>>;
 /// What all stores of the comparison have as keys.
 pub type BenchKey = [u8; 16];
 
@@ -30,7 +30,7 @@ pub fn key(n: u64) -> BenchKey {
 }
 
 /// Formats a region.
-pub fn format(map: &MappedFile) -> Result<()> {
+pub fn format(map: &Region) -> Result<()> {
     let params = FormatParams {
         uuid: *b"pmskb-bench-core",
         label: b"bench",
@@ -42,13 +42,13 @@ pub fn format(map: &MappedFile) -> Result<()> {
 }
 
 /// The frame table and the working memory that a recovery needs.
-pub fn host(map: &MappedFile) -> Result<(HostFrames, Vec<u64>)> {
+pub fn host(map: &Region) -> Result<(HostFrames, Vec<u64>)> {
     let geo = core(probe(&map))?.superblock.geometry;
     Ok((core(HostFrames::new(&geo))?, vec![0; MapStore::WORK_WORDS]))
 }
 
 /// Attaches a region's store.
-pub fn attach(map: &MappedFile) -> Result<(MapStore<'_>, Report)> {
+pub fn attach(map: &Region) -> Result<(MapStore<'_>, Report)> {
     let (frames, work) = host(map)?;
     core(Store::recover(
         map,

@@ -3,7 +3,7 @@
 //! How the cost of one insert and one lookup grows with the store.
 
 use crate::filler::{attach, core, format, key, Filler};
-use crate::map::MappedFile;
+use crate::map::Region;
 use crate::timing::{median, per_op, Median};
 use crate::valgrind;
 use anyhow::{bail, Context, Result};
@@ -64,7 +64,7 @@ fn some_keys(records: u64, count: u64, rng: &mut Rng) -> Vec<[u8; 16]> {
 
 /// Nanoseconds of an insert and of a lookup.
 fn time(records: u64, rounds: u64) -> Result<(Median, Median)> {
-    let map = MappedFile::sparse(REGION)?;
+    let map = Region::huge(REGION)?;
     format(&map)?;
     let mut filler = Filler::new(attach(&map)?.0);
     filler.fill(0..records, LEN, true)?;
@@ -97,7 +97,7 @@ fn time(records: u64, rounds: u64) -> Result<(Median, Median)> {
 
 /// What callgrind is to count: runs in a process of its own, under it.
 pub fn counted(records: u64) -> Result<()> {
-    let map = MappedFile::sparse(REGION)?;
+    let map = Region::huge(REGION)?;
     format(&map)?;
     let mut filler = Filler::new(attach(&map)?.0);
     filler.fill(0..records, LEN, true)?;

@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A region that is a mapped sparse file in memory.
+//! A region that is ordinary memory.
 
 use anyhow::Context;
-use memmap2::{MmapOptions, MmapRaw};
+use memmap2::{Advice, MmapOptions, MmapRaw};
 use pmskb_core::{Error, Pmem, Result, LINE_SIZE};
-use rustix::fs::{ftruncate, memfd_create, MemfdFlags};
 use std::arch::asm;
+use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0};
 use std::cell::Cell;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Ordinary memory that is written back as persistent memory is: `clwb` for each
 /// line (`clflush` on a CPU without), `sfence`. Pages that were never written take no memory.
-pub struct MappedFile {
+pub struct Region {
     map: MmapRaw,
     len: u64,
     clwb: bool,
@@ -29,21 +29,35 @@ pub fn has_clwb() -> bool {
     features & (1 << 24) != 0
 }
 
-impl MappedFile {
+/// Whether memory that asks for huge pages may have them.
+pub fn has_huge_pages() -> bool {
+    let mode = std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled");
+    mode.is_ok_and(|mode| !mode.contains("[never]"))
+}
+
+impl Region {
     /// `len` zero bytes, a multiple of a line.
     pub fn sparse(len: u64) -> anyhow::Result<Self> {
-        let file = memfd_create("pmskb-bench", MemfdFlags::CLOEXEC).context("memfd_create")?;
-        ftruncate(&file, len).context("cannot make a sparse file of the region's size")?;
         let map = MmapOptions::new()
             .len(usize::try_from(len)?)
-            .map_raw(&file)
-            .context("cannot map the region")?;
-        Ok(MappedFile {
-            map,
+            .no_reserve_swap()
+            .map_anon()
+            .context("cannot map memory of the region's size")?;
+        Ok(Region {
+            map: map.into(),
             len: len / LINE_SIZE * LINE_SIZE,
             clwb: has_clwb(),
             write_back: Cell::new(true),
         })
+    }
+
+    /// The same in huge pages, if the machine gives any, as a kernel maps persistent
+    /// memory: for what is measured beside other stores, or beside a smaller one.
+    pub fn huge(len: u64) -> anyhow::Result<Self> {
+        let region = Self::sparse(len)?;
+        // A kernel without them has no such advice, either.
+        let _ = region.map.advise(Advice::HugePage);
+        Ok(region)
     }
 
     /// Whether flushes and fences are executed.
@@ -73,7 +87,7 @@ impl MappedFile {
     }
 }
 
-impl Pmem for MappedFile {
+impl Pmem for Region {
     fn len(&self) -> u64 {
         self.len
     }
@@ -127,6 +141,13 @@ impl Pmem for MappedFile {
         if self.write_back.get() {
             // SAFETY: every x86-64 CPU has it.
             unsafe { std::arch::x86_64::_mm_sfence() };
+        }
+    }
+
+    fn prefetch(&self, off: u64) {
+        if let Ok(at) = self.at(off, 1) {
+            // SAFETY: every x86-64 CPU has it, and it does nothing that the program can see.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) };
         }
     }
 

@@ -4,7 +4,7 @@
 //! in the same order, and the answers must be the same.
 
 use crate::filler::{attach, core, format, key, BenchKey, Filler};
-use crate::map::MappedFile;
+use crate::map::Region;
 use crate::timing::{median, per_op};
 use anyhow::{bail, Context, Result};
 use heed::types::Bytes;
@@ -12,6 +12,7 @@ use heed::{Database, Env, EnvFlags, EnvOpenOptions, PutFlags, WithoutTls};
 use pmskb_core::sim::Rng;
 use pmskb_core::{Direction, Extent, Key, Pmem, Reader, Record};
 use rocksdb::{BlockBasedOptions, Cache, DBCompressionType, WriteBatch, WriteOptions, DB};
+use rustix::mount::{mount, unmount, MountFlags, UnmountFlags};
 use serde_json::{json, Value as Json};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -50,13 +51,13 @@ trait Engine {
 }
 
 struct Pmskb<'a> {
-    map: &'a MappedFile,
+    map: &'a Region,
     filler: Filler<'a>,
-    reader: Reader<&'a MappedFile>,
+    reader: Reader<&'a Region>,
 }
 
 impl<'a> Pmskb<'a> {
-    fn new(map: &'a MappedFile) -> Result<Self> {
+    fn new(map: &'a Region) -> Result<Self> {
         format(map)?;
         let filler = Filler::new(attach(map)?.0);
         let reader = core(Reader::open(map))?;
@@ -99,18 +100,12 @@ impl Engine for Pmskb<'_> {
     }
 
     fn scan(&self, key: &BenchKey) -> Result<u64> {
-        let mut at = *key;
+        let mut cursor = self.reader.cursor(Some(key), true, Direction::Forward);
         let mut sum = 0u64;
-        let mut next = core(self.reader.seek(Some(&at), true, Direction::Forward))?;
-        for _ in 1..SCAN {
-            let Some(record) = next else {
-                return Ok(sum);
+        for _ in 0..SCAN {
+            let Some(record) = core(cursor.next())? else {
+                break;
             };
-            sum = sum.wrapping_add(self.head(&record)?);
-            core(record.read_key(&self.map, 0, &mut at))?;
-            next = core(self.reader.seek(Some(&at), false, Direction::Forward))?;
-        }
-        if let Some(record) = next {
             sum = sum.wrapping_add(self.head(&record)?);
         }
         Ok(sum)
@@ -367,24 +362,50 @@ fn measure(
 }
 
 /// A directory that goes when it is not needed any more.
-struct Scratch(PathBuf);
+struct Scratch {
+    dir: PathBuf,
+    mounted: bool,
+}
 
 impl Scratch {
     fn new(parent: &Path, name: &str) -> Result<Self> {
         let dir = parent.join(format!("pmskb-bench-{}-{name}", std::process::id()));
         std::fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
-        Ok(Scratch(dir))
+        Ok(Scratch {
+            dir,
+            mounted: false,
+        })
+    }
+
+    /// One in memory, with files in huge pages as the region is, if that is allowed.
+    fn in_memory(name: &str) -> Result<Self> {
+        let mut scratch = Self::new(Path::new("/dev/shm"), name)?;
+        let options = Some(c"huge=always");
+        let done = mount(
+            "pmskb-bench",
+            &scratch.dir,
+            "tmpfs",
+            MountFlags::NOATIME,
+            options,
+        );
+        scratch.mounted = done.is_ok();
+        if !scratch.mounted {
+            eprintln!("{name} gets no huge pages: they take root, and a kernel that has them");
+        }
+        Ok(scratch)
     }
 }
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
+        if self.mounted {
+            let _ = unmount(&self.dir, UnmountFlags::DETACH);
+        }
+        let _ = std::fs::remove_dir_all(&self.dir);
     }
 }
 
 fn compare(records: u64) -> Result<Vec<Row>> {
-    let memory = Path::new("/dev/shm");
     let questions = Questions::new(records);
     let mut right = None;
     let mut rows = Vec::new();
@@ -393,7 +414,7 @@ fn compare(records: u64) -> Result<Vec<Row>> {
         rows.push(measure("BTreeMap", &mut map, &questions, &mut right)?);
     }
     {
-        let map = MappedFile::sparse(8 << 30)?;
+        let map = Region::huge(8 << 30)?;
         let mut pmskb = Pmskb::new(&map)?;
         let row = measure("pmskb", &mut pmskb, &questions, &mut right)?;
         let index = PmskbIndex(pmskb);
@@ -407,13 +428,13 @@ fn compare(records: u64) -> Result<Vec<Row>> {
         rows.push(row);
     }
     {
-        let dir = Scratch::new(memory, "lmdb")?;
-        let mut lmdb = Lmdb::new(&dir.0, false)?;
+        let dir = Scratch::in_memory("lmdb")?;
+        let mut lmdb = Lmdb::new(&dir.dir, false)?;
         rows.push(measure("LMDB", &mut lmdb, &questions, &mut right)?);
     }
     {
-        let dir = Scratch::new(memory, "rocksdb")?;
-        let mut rocks = Rocks::new(&dir.0, false)?;
+        let dir = Scratch::in_memory("rocksdb")?;
+        let mut rocks = Rocks::new(&dir.dir, false)?;
         rows.push(measure("RocksDB", &mut rocks, &questions, &mut right)?);
     }
     Ok(rows)
@@ -421,7 +442,6 @@ fn compare(records: u64) -> Result<Vec<Row>> {
 
 /// One insert after the other, each durable by itself, into a store of `records`.
 fn durable(records: u64, budget: Duration, disk: &Path) -> Result<Vec<(&'static str, f64)>> {
-    let memory = Path::new("/dev/shm");
     let numbers: Vec<u64> = (0..records).collect();
     let mut out = Vec::new();
     let mut one = |name, engine: &mut dyn Engine| -> Result<()> {
@@ -441,29 +461,29 @@ fn durable(records: u64, budget: Duration, disk: &Path) -> Result<Vec<(&'static 
     };
     one("BTreeMap, not durable", &mut Map(BTreeMap::new()))?;
     {
-        let map = MappedFile::sparse(8 << 30)?;
+        let map = Region::huge(8 << 30)?;
         one("pmskb, clwb + sfence into DRAM", &mut Pmskb::new(&map)?)?;
     }
     {
-        let dir = Scratch::new(memory, "lmdb")?;
-        one("LMDB in memory, NOSYNC", &mut Lmdb::new(&dir.0, false)?)?;
+        let dir = Scratch::in_memory("lmdb")?;
+        one("LMDB in memory, NOSYNC", &mut Lmdb::new(&dir.dir, false)?)?;
     }
     {
-        let dir = Scratch::new(memory, "rocksdb")?;
+        let dir = Scratch::in_memory("rocksdb")?;
         one(
             "RocksDB in memory, log not synced",
-            &mut Rocks::new(&dir.0, false)?,
+            &mut Rocks::new(&dir.dir, false)?,
         )?;
     }
     {
         let dir = Scratch::new(disk, "lmdb")?;
-        one("LMDB on disk, synced", &mut Lmdb::new(&dir.0, true)?)?;
+        one("LMDB on disk, synced", &mut Lmdb::new(&dir.dir, true)?)?;
     }
     {
         let dir = Scratch::new(disk, "rocksdb")?;
         one(
             "RocksDB on disk, log synced",
-            &mut Rocks::new(&dir.0, true)?,
+            &mut Rocks::new(&dir.dir, true)?,
         )?;
     }
     Ok(out)

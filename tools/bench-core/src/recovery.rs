@@ -3,7 +3,7 @@
 //! How many records a second an attach recovers.
 
 use crate::filler::{attach, core, format, host, key, Filler};
-use crate::map::MappedFile;
+use crate::map::Region;
 use crate::timing::{median, per_op};
 use crate::valgrind;
 use anyhow::{bail, Context, Result};
@@ -30,7 +30,7 @@ struct Row {
 }
 
 fn measure(records: u64, keyed: bool, runs: u64) -> Result<Row> {
-    let map = MappedFile::sparse(REGION)?;
+    let map = Region::sparse(REGION)?;
     format(&map)?;
     let mut filler = Filler::new(attach(&map)?.0);
     filler.fill(0..records, LEN, keyed)?;
@@ -76,7 +76,7 @@ fn measure(records: u64, keyed: bool, runs: u64) -> Result<Row> {
 
 /// What callgrind is to count: runs under it.
 pub fn counted(records: u64) -> Result<()> {
-    let map = MappedFile::sparse(COUNTED_REGION)?;
+    let map = Region::sparse(COUNTED_REGION)?;
     format(&map)?;
     let mut filler = Filler::new(attach(&map)?.0);
     filler.fill(0..records, LEN, true)?;
