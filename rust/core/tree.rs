@@ -714,11 +714,6 @@ fn attempt<P: Pmem>(
             continue;
         }
         let index = match goal {
-            _ if turned && broken!("reader_beside") => Some(if forward {
-                0
-            } else {
-                head.count.saturating_sub(1)
-            }),
             Goal::Exact => exact.then_some(place_at),
             Goal::Above { inclusive } => Some(place_at + usize::from(exact && !inclusive)),
             Goal::Below { inclusive } => {

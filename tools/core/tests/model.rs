@@ -27,6 +27,12 @@ const LEN: u64 = 8 << 20;
 const READERS: usize = 2;
 /// So many keys that follow each other are read and written in a schedule.
 const NEAR: u64 = 6;
+/// Recovery puts so many entries into a leaf, which has room for so many more. Keys of
+/// these numbers, behind all others, fill it.
+const LOADED: u64 = 53;
+const MORE: std::ops::Range<u64> = 2000..2007;
+/// The first key of the second half of that leaf.
+const SPLIT: u64 = 30;
 /// In place of the number of a key.
 const KEYLESS: u64 = u64::MAX;
 /// Keys that are only changed together.
@@ -509,12 +515,20 @@ fn random(below: u64) -> u64 {
 fn schedule(base: &Arc<Base>, without: Without) {
     let weak = Weak::new(base, READERS, without);
     let mut store = recovered(weak.of_thread(0));
+    let mut near = random(base.keys - NEAR / 2);
+    if base.keys == LOADED {
+        for n in MORE {
+            put(&mut store, n, n, false).unwrap();
+        }
+        store.commit().unwrap();
+        // Where it is going to be split.
+        near = SPLIT - random(NEAR);
+    }
     // Hardly any room: what is given back is used again at once.
     let all: Vec<_> = std::iter::from_fn(|| store.frames().alloc(None, Need::New)).collect();
     for frame in &all[..3 + random(4) as usize] {
         store.frames().unhold(*frame, 0).unwrap();
     }
-    let near = random(base.keys - NEAR / 2);
     let readers: Vec<_> = (1..=READERS)
         .map(|thread| (Reader::open(weak.of_thread(thread)).unwrap(), base.clone()))
         .collect();
@@ -663,7 +677,10 @@ fn walk(reader: &Reader<Weak>, base: &Base, near: u64, told: &Told) {
         Direction::Backward
     };
     let there = |n: &u64| always(*n) && *n < base.keys;
-    let mut at = near + random(NEAR);
+    let mut at = match random(2) {
+        0 if base.keys == LOADED => SPLIT,
+        _ => near + random(NEAR),
+    };
     let mut cursor = reader.cursor(Some(&key(at)), false, direction);
     for _ in 0..[2, 8][random(2) as usize] {
         let Some(record) = tried(cursor.next()) else {
@@ -680,7 +697,12 @@ fn walk(reader: &Reader<Weak>, base: &Base, near: u64, told: &Told) {
         };
         let text = std::str::from_utf8(cursor.key()).unwrap();
         let n = text.strip_prefix("prefix/").unwrap().parse().unwrap();
-        assert!(if up { n > at } else { n < at }, "{n} comes after {at}");
+        let onward = if up {
+            key(n) > key(at)
+        } else {
+            key(n) < key(at)
+        };
+        assert!(onward, "{n} comes after {at}");
         let passed = next.is_some_and(|next| if up { next < n } else { next > n });
         assert!(!passed, "{next:?} is there, {n} was found from {at}");
         if let Some(seq) = told.keys.get(&n) {
@@ -807,7 +829,7 @@ fn run(scheduler: impl Scheduler + 'static, size: (u64, u64), without: Without) 
 
 /// Few keys; a leaf about to be split; two leaves, the second about to go; many record
 /// frames with little in them. Keys, and attaches that put them.
-const SIZES: [(u64, u64); 4] = [(6, 1), (60, 1), (64, 1), (24, 8)];
+const SIZES: [(u64, u64); 4] = [(6, 1), (LOADED, 1), (LOADED + 1, 1), (24, 8)];
 
 #[test]
 fn readers_are_never_told_what_was_not() {

@@ -29,6 +29,122 @@ struct Counts {
     busy: AtomicU64,
 }
 
+/// A region whose readers look after each store of the writer's.
+struct Watched {
+    memory: Memory,
+    on: AtomicBool,
+    looks: AtomicU64,
+}
+
+impl Pmem for Watched {
+    fn len(&self) -> u64 {
+        self.memory.len()
+    }
+    fn read(&self, off: u64, to: &mut [u8]) -> Result<()> {
+        self.memory.read(off, to)
+    }
+    fn load(&self, off: u64) -> Result<u64> {
+        self.memory.load(off)
+    }
+    fn write(&self, off: u64, from: &[u8]) -> Result<()> {
+        self.memory.write(off, from)
+    }
+    fn store(&self, off: u64, value: u64) -> Result<()> {
+        self.memory.store(off, value)?;
+        if self.on.load(Ordering::Relaxed) {
+            neighbours(&self.memory, &self.looks);
+        }
+        Ok(())
+    }
+    fn flush(&self, off: u64, len: u64) -> Result<()> {
+        self.memory.flush(off, len)
+    }
+    fn fence(&self) {}
+}
+
+/// Every third key stays; each reader's next one is no further than that.
+fn neighbours(memory: &Memory, looks: &AtomicU64) {
+    let name = |n: u64| format!("{n:04}").into_bytes();
+    let reader = Reader::open(memory).unwrap();
+    for n in 0..WATCHED {
+        for direction in [Direction::Forward, Direction::Backward] {
+            let up = direction == Direction::Forward;
+            let mut cursor = reader.cursor(Some(&name(n)), false, direction);
+            let found = match cursor.next() {
+                // A node is being written.
+                Err(Error::Busy) => return,
+                other => other.unwrap(),
+            };
+            looks.fetch_add(1, Ordering::Relaxed);
+            let stays = |m: &u64| m % 3 == 0;
+            let most = if up {
+                (n + 1..WATCHED).find(stays)
+            } else {
+                (0..n).rfind(stays)
+            };
+            let Some(_) = found else {
+                assert_eq!(most, None, "nothing is next to {n}");
+                continue;
+            };
+            let (at, most) = (cursor.key(), most.map(name));
+            let beyond = if up {
+                at > &name(n)[..]
+            } else {
+                at < &name(n)[..]
+            };
+            let near = most.is_none_or(|most| if up { at <= &most[..] } else { at >= &most[..] });
+            assert!(
+                beyond && near,
+                "{} is next to {n}",
+                String::from_utf8_lossy(at)
+            );
+        }
+    }
+}
+
+/// Keys of the test below: more than a leaf has.
+const WATCHED: u64 = 90;
+
+#[test]
+fn at_each_instant_of_a_split_and_of_a_removal_the_next_key_is_the_right_one() {
+    let region = Watched {
+        memory: Memory::new(16 << 20),
+        on: AtomicBool::new(false),
+        looks: AtomicU64::new(0),
+    };
+    format(&region, &params()).unwrap();
+    let geo = probe(&region).unwrap().superblock.geometry;
+    let frames = HostFrames::new(&geo).unwrap();
+    let work = vec![0; Store::<&Watched, HostFrames, Vec<u64>>::WORK_WORDS];
+    let options = RecoverOptions::default();
+    let (mut store, _) = Store::recover(&region, frames, work, host::list, options).unwrap();
+    let put = |store: &mut Store<_, _, _>, n: u64| {
+        let key = format!("{n:04}").into_bytes();
+        let args = PutArgs {
+            key: Key::Bytes(&key),
+            extents: &[],
+            meta: Meta::default(),
+            mode: PutMode::Upsert,
+            if_seq: None,
+        };
+        store.put(&args).unwrap();
+    };
+    for n in (0..WATCHED).filter(|n| n % 3 != 1) {
+        put(&mut store, n);
+    }
+    store.commit().unwrap();
+    region.on.store(true, Ordering::Relaxed);
+    // The leaf is full, and is halved.
+    put(&mut store, 1);
+    store.commit().unwrap();
+    // And in here first entries go.
+    for n in (40..50).filter(|n| n % 3 == 2) {
+        store.delete(format!("{n:04}").as_bytes(), None).unwrap();
+        store.commit().unwrap();
+    }
+    assert!(region.looks.into_inner() > 1000);
+}
+
 fn key(n: u64) -> Vec<u8> {
     format!("some/common/prefix/{:05}", n * 7919 % 100_000).into_bytes()
 }
