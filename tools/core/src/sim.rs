@@ -8,7 +8,7 @@
 
 use crate::{Error, Pmem, Result, FRAME_SIZE, LINE_SIZE};
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::rc::Rc;
 
 const LINE: usize = LINE_SIZE as usize;
@@ -60,6 +60,22 @@ struct State {
 pub struct SimPm {
     len: u64,
     state: RefCell<State>,
+}
+
+/// What [`SimPm::media_hash`] remembers.
+#[derive(Default)]
+pub struct PageHashes(HashMap<*const Page, (Rc<Page>, u64)>);
+
+/// Of the words of a page; 0 if they are.
+fn hash_page(page: &Page) -> u64 {
+    let mut hash = 0u64;
+    for (at, word) in page.chunks_exact(8).enumerate() {
+        let word = word.try_into().map_or(0, u64::from_le_bytes);
+        if word != 0 {
+            hash = hash.wrapping_add(Rng(Rng(at as u64).next() ^ word).next());
+        }
+    }
+    hash
 }
 
 /// Small and seeded: splitmix64.
@@ -199,21 +215,29 @@ impl SimPm {
         lines.into_iter().filter(dirty).collect()
     }
 
-    /// A hash of what is on the media, but for what is volatile.
-    pub fn media_hash(&self) -> u64 {
+    /// A hash of what is on the media, but for what is volatile. Pages that other
+    /// images share are hashed once.
+    pub fn media_hash(&self, known: &mut PageHashes) -> u64 {
         let state = self.state.borrow();
         let mut hash = 0u64;
         for (frame, page) in &state.media {
-            for line in 0..FRAME_SIZE / LINE_SIZE {
-                let content = &page[(line * LINE_SIZE) as usize..][..LINE];
-                if content.iter().any(|byte| *byte != 0) && !volatile(&state, frame * 64 + line) {
-                    let mut rng = Rng(frame * 64 + line);
-                    for word in content.chunks_exact(8) {
-                        let word = word.try_into().map_or(0, u64::from_le_bytes);
-                        rng.0 = rng.next() ^ word;
+            if volatile(&state, frame * (FRAME_SIZE / LINE_SIZE)) {
+                continue;
+            }
+            let of_page = match known.0.get(&Rc::as_ptr(page)) {
+                Some((_, of_page)) => *of_page,
+                None => {
+                    let of_page = hash_page(page);
+                    if Rc::strong_count(page) > 1 {
+                        // Held, so that nothing else gets its address.
+                        let held = (page.clone(), of_page);
+                        known.0.insert(Rc::as_ptr(page), held);
                     }
-                    hash = hash.wrapping_add(rng.next());
+                    of_page
                 }
+            };
+            if of_page != 0 {
+                hash = hash.wrapping_add(Rng(frame ^ of_page).next());
             }
         }
         hash

@@ -14,10 +14,12 @@
 
 mod common;
 use common::*;
-use pmskb_core::sim::{Rng, SimPm};
+use pmskb_core::sim::{PageHashes, Rng, SimPm};
 use pmskb_core::*;
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Step {
@@ -202,6 +204,7 @@ fn sequence(base: &(SimPm, Model), steps: &[Step], thin: u64, seed: u64) -> u64 
     lint(&whole, steps);
     let events = whole.store.pm().counts().events;
     let mut seen = HashSet::new();
+    let mut known = PageHashes::default();
     let mut rng = Rng(seed);
     let mut states = 0;
     for stop in (0..=events).filter(|stop| thin == 1 || (stop + seed) % thin == 0) {
@@ -221,7 +224,7 @@ fn sequence(base: &(SimPm, Model), steps: &[Step], thin: u64, seed: u64) -> u64 
                 nr if all == 1 << lines => pm.crash_subset(nr, &mut rng),
                 _ => pm.crash_subset(rng.next(), &mut rng),
             };
-            if !seen.insert(image.media_hash()) {
+            if !seen.insert(image.media_hash(&mut known)) {
                 continue;
             }
             match check_state(image, &driver.model, formatting, &mut rng) {
@@ -270,6 +273,7 @@ fn every_crash_state_of_every_short_history_recovers() {
     sequences.remove(0);
     assert_eq!(sequences.len(), 9 + 81 + 729);
     let next = AtomicUsize::new(0);
+    let said = Mutex::new(Instant::now());
     let states = AtomicU64::new(0);
     std::thread::scope(|scope| {
         for _ in 0..std::thread::available_parallelism().map_or(2, usize::from) {
@@ -283,7 +287,13 @@ fn every_crash_state_of_every_short_history_recovers() {
                         _ => 29,
                     };
                     let more = sequence(&base, steps, thin, seed + steps.len() as u64);
-                    states.fetch_add(more, Ordering::Relaxed);
+                    let states = states.fetch_add(more, Ordering::Relaxed) + more;
+                    let mut said = said.lock().unwrap();
+                    if full && said.elapsed() > Duration::from_secs(10) {
+                        *said = Instant::now();
+                        let at = next.load(Ordering::Relaxed);
+                        println!("{states} states; at {at} of {}", sequences.len());
+                    }
                 }
             });
         }
