@@ -96,6 +96,10 @@ enum Command {
 fn main() -> ExitCode {
     let args = Args::parse();
     let json = args.json;
+    pmskb_uapi::explain_bus_errors(match args.command {
+        Command::Fsck(_) => fsck::OPERATIONAL.into(),
+        _ => 2,
+    });
     let result = match &args.command {
         Command::Format(a) => admin::format(a, json),
         Command::Attach(a) => admin::attach(a, json),

@@ -4,6 +4,7 @@
 
 use std::{
     ops::Bound,
+    os::fd::AsFd,
     path::{Path, PathBuf},
 };
 
@@ -97,9 +98,14 @@ impl Catalog {
         let probe = probe(&media).map_err(fail)?;
         let reader = Reader::open(media.clone()).map_err(fail)?;
         let geometry = probe.superblock.geometry;
+        let file = store.as_fd().try_clone_to_owned();
+        let file = file.map_err(|cause| CatalogError::Image {
+            path: store.path().to_owned(),
+            cause,
+        })?;
         Ok(Self {
             source: Source::Live(reader),
-            media,
+            media: media.by_calls(file.into()),
             probe,
             geometry,
         })
@@ -312,7 +318,10 @@ impl Catalog {
         &self.geometry
     }
 
-    /// The region.
+    /// The region; of an attached store, bytes that cannot be read are an error, while
+    /// what the index needs comes from the mapping (see [`explain_bus_errors`]).
+    ///
+    /// [`explain_bus_errors`]: crate::explain_bus_errors
     pub fn media(&self) -> &Media {
         &self.media
     }

@@ -42,7 +42,7 @@ pub use catalog::Catalog;
 pub use control::{Control, FormatOptions};
 pub use direct::Direct;
 pub use error::{Error, Result};
-pub use map::Mapping;
+pub use map::{explain_bus_errors, Mapping};
 pub use media::Media;
 pub use object::Object;
 pub use pmskb_core as core;

@@ -2,11 +2,41 @@
 
 //! The read-only mapping of a store.
 
-use std::{fs::File, ptr::NonNull};
+use std::{
+    fs::File,
+    ptr::NonNull,
+    sync::atomic::{AtomicI32, Ordering},
+};
 
 use memmap2::{MmapOptions, MmapRaw};
 
 use crate::socket::Desc;
+
+/// From now on SIGBUS ends the process with `status` and a line that says why, for
+/// programs with nothing to lose. It comes from mappings of a store whose index, records
+/// or live page have a media error, and of one that was taken away.
+pub fn explain_bus_errors(status: i32) {
+    STATUS.store(status, Ordering::Relaxed);
+    let handler: extern "C" fn(libc::c_int) = explain;
+    // SAFETY: a struct of integers and pointers, which may be 0.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    action.sa_sigaction = handler as libc::sighandler_t;
+    // SAFETY: `action` is one, and its handler does only what a handler may.
+    unsafe { libc::sigaction(libc::SIGBUS, &action, std::ptr::null_mut()) };
+}
+
+static STATUS: AtomicI32 = AtomicI32::new(2);
+
+extern "C" fn explain(_: libc::c_int) {
+    const WHY: &str = "the store's index or a record cannot be read: a media error, or its \
+        device was taken away\n  see the kernel's log; detach the store and attach it again: \
+        the index is made anew\n";
+    // SAFETY: both may be called by a handler; the bytes are there.
+    unsafe {
+        libc::write(2, WHY.as_ptr().cast(), WHY.len());
+        libc::_exit(STATUS.load(Ordering::Relaxed));
+    }
+}
 
 /// A store's mapping. Others write to the same memory: whoever reads records
 /// does it through the core's reader, which checks what it read.

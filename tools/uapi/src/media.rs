@@ -6,6 +6,7 @@ use std::{
     fs::File,
     io::{self, Seek},
     ops::Range,
+    os::unix::fs::FileExt,
     path::Path,
     ptr::NonNull,
     sync::{
@@ -34,6 +35,8 @@ pub struct Media {
     len: u64,
     /// What must not be touched: the head area of an attached store.
     hole: Range<u64>,
+    /// Bytes are read from it and not from the mapping.
+    calls: Option<Arc<File>>,
 }
 
 #[derive(Debug)]
@@ -58,6 +61,16 @@ impl Media {
             offset: 0,
             len,
             hole,
+            calls: None,
+        }
+    }
+
+    /// The same, of an attached store, but bytes are read by system calls: those that
+    /// have a media error are [`Error::Io`] then, and no signal.
+    pub fn by_calls(&self, store: File) -> Self {
+        Self {
+            calls: Some(Arc::new(store)),
+            ..self.clone()
         }
     }
 
@@ -84,6 +97,7 @@ impl Media {
             offset: 0,
             len,
             hole: 0..0,
+            calls: None,
         })
     }
 
@@ -131,6 +145,7 @@ impl Part for Media {
             offset: self.offset + offset,
             len,
             hole: 0..0,
+            calls: None,
         })
     }
 }
@@ -142,6 +157,9 @@ impl Pmem for Media {
 
     fn read(&self, off: u64, to: &mut [u8]) -> Result<(), Error> {
         let at = self.at(off, to.len() as u64)?;
+        if let Some(file) = &self.calls {
+            return file.read_exact_at(to, off).map_err(|_| Error::Io);
+        }
         let head = at.as_ptr().align_offset(8).min(to.len());
         let (first, rest) = to.split_at_mut(head);
         let mut words = rest.chunks_exact_mut(8);
