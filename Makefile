@@ -28,6 +28,8 @@ endif
 ifdef MINUTES
 export MINUTES
 endif
+CUTS ?= 200
+SEED ?= 1
 
 all:
 	@$(LAB) all
@@ -45,6 +47,10 @@ demo:
 bite:
 	@$(LAB) build
 	@tools/demo/bite
+
+torture:
+	@$(LAB) build
+	@tools/demo/torture --cuts $(CUTS) --seed $(SEED)
 
 test lint fuzz:
 	@$(LAB) $@
@@ -65,6 +71,7 @@ help:
 	@echo '  make             the module and the tools'
 	@echo '  make demo        PUTs over a real NIC, a power cut, and every object found again'
 	@echo '  make bite        the demo with one write-back or fence taken out: it must fail'
+	@echo '  make torture     power cuts at moments that SEED=s (1) chooses, CUTS=n of them (200)'
 	@echo '  make test        every check; ends with "N passed, N failed"'
 	@echo '  make lint        rustfmt, clippy, checkpatch, shellcheck'
 	@echo '  make bench-core  what the core costs, beside LMDB and RocksDB (5 minutes; QUICK=1: 10 s)'
@@ -85,7 +92,7 @@ help:
 	@echo
 	@echo 'More: README.md, tools/lab/README.md'
 
-.PHONY: all root kernel module tools selftests docs rootfs vm demo bite test lint crash fuzz bench-core clean distclean help
+.PHONY: all root kernel module tools selftests docs rootfs vm demo bite torture test lint crash fuzz bench-core clean distclean help
 endif
 
 endif

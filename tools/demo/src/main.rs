@@ -33,7 +33,7 @@ use std::{
 
 use anyhow::{bail, Context};
 use clap::{Args, Parser, Subcommand};
-use pmskb_uapi::{catalog::describe, Catalog, Store};
+use pmskb_uapi::{catalog::describe, core::Extent, Catalog, Store, FRAME_SIZE};
 use sha2::{Digest, Sha256};
 
 /// Notes what a server acknowledged, and checks whether it is still there.
@@ -85,9 +85,19 @@ enum Command {
         /// Ledger to write
         #[arg(long)]
         ledger: PathBuf,
+        /// Number of this run; of several with the same keys, each has its own
+        #[arg(long, default_value_t = 0)]
+        run: u64,
+        /// Look first for what an earlier run left
+        #[arg(long)]
+        resume: bool,
         /// How many connections
         #[arg(long, default_value_t = 4)]
         connections: usize,
+        /// Sizes to choose from; commas or spaces between them
+        #[arg(long, value_parser = parse_sizes,
+              default_value = "0,1,64,200,1024,1448,3000,4096,10000,65536")]
+        sizes: Sizes,
         /// A file with a location a line: these are deleted on the way
         #[arg(long)]
         old: Option<PathBuf>,
@@ -103,6 +113,9 @@ enum Command {
         /// Ledger to write
         #[arg(long)]
         ledger: PathBuf,
+        /// Number of this run; of several with the same keys, each has its own
+        #[arg(long, default_value_t = 0)]
+        run: u64,
         /// How many connections
         #[arg(long, default_value_t = 2)]
         connections: usize,
@@ -118,6 +131,12 @@ enum Command {
     Check {
         #[command(flatten)]
         place: Place,
+        /// The ledgers know every key: others are wrong
+        #[arg(long, conflicts_with = "url")]
+        whole: bool,
+        /// Write a ledger of what was found, if all is well: from now on it must stay
+        #[arg(long, value_name = "FILE")]
+        settle: Option<PathBuf>,
         /// Ledgers
         #[arg(required = true)]
         ledgers: Vec<PathBuf>,
@@ -153,19 +172,39 @@ fn main() -> ExitCode {
             url,
             prefix,
             ledger,
+            run,
+            resume,
             connections,
+            sizes,
             old,
         } => old_keys(old.as_deref())
-            .and_then(|old| mix::run(&url, &prefix, &ledger, connections, &old))
+            .and_then(|old| {
+                mix::run(&mix::Mix {
+                    url: &url,
+                    prefix: &prefix,
+                    run,
+                    resume,
+                    ledger: &ledger,
+                    connections,
+                    sizes: &sizes.0,
+                    old: &old,
+                })
+            })
             .map(|()| ExitCode::SUCCESS),
         Command::Batches {
             connect,
             prefix,
             ledger,
+            run,
             connections,
-        } => mix::batches(&connect, &prefix, &ledger, connections).map(|()| ExitCode::SUCCESS),
+        } => mix::batches(&connect, &prefix, run, &ledger, connections).map(|()| ExitCode::SUCCESS),
         Command::Space { store } => space(&store),
-        Command::Check { place, ledgers } => check(&place, &ledgers),
+        Command::Check {
+            place,
+            whole,
+            settle,
+            ledgers,
+        } => check(&place, whole, settle.as_deref(), &ledgers),
     };
     result.unwrap_or_else(|e| {
         eprintln!("pmskb-ledger: {e:#}");
@@ -286,12 +325,16 @@ enum What {
     Gone,
 }
 
-/// What a key may lead to, and a number of the change that made it so.
+/// What a key may lead to, and a number of the change that made it so: [`NONE`] for
+/// nothing at all, [`ALONE`] for an object by itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct State {
     what: What,
     change: u64,
 }
+
+const NONE: u64 = 0;
+const ALONE: u64 = 1;
 
 /// What ledgers say.
 #[derive(Debug, Default)]
@@ -333,7 +376,7 @@ fn read(ledgers: &[PathBuf]) -> anyhow::Result<Ledgers> {
                 all.acknowledged += 1;
                 let state = State {
                     what: What::Object(hash),
-                    change: 0,
+                    change: ALONE,
                 };
                 all.keys.insert(key, vec![state]);
             }
@@ -363,7 +406,7 @@ impl Ledgers {
         let states = self.keys.entry(key.to_owned()).or_insert_with(|| {
             vec![State {
                 what: What::Gone,
-                change: 0,
+                change: NONE,
             }]
         });
         if done.contains(id) {
@@ -424,8 +467,12 @@ struct Tally {
     wrong: Vec<String>,
     /// There again, though they were deleted.
     undead: Vec<String>,
+    /// Keys that no ledger knows.
+    unknown: Vec<String>,
     /// Which change each key of a group shows.
     groups: BTreeMap<String, HashSet<u64>>,
+    /// A ledger of what was found.
+    settled: String,
 }
 
 impl Tally {
@@ -435,11 +482,15 @@ impl Tally {
             Some((hash, _)) => What::Object(hash),
         };
         self.bytes += object.map_or(0, |o| o.1);
+        let _ = match &is {
+            What::Object(hash) => writeln!(self.settled, "{}  {key}", hex(hash)),
+            What::Gone => writeln!(self.settled, "? 0 del {key}\n! 0"),
+        };
         let right = states.iter().find(|s| s.what == is);
         if let Some((group, _)) = key.rsplit_once('/') {
             let shown = match (&is, right) {
                 (What::Object(_), Some(state)) => state.change,
-                _ => 0,
+                _ => NONE,
             };
             let group = self.groups.entry(group.to_owned()).or_default();
             group.insert(shown);
@@ -456,14 +507,22 @@ impl Tally {
     }
 }
 
-fn check(place: &Place, ledgers: &[PathBuf]) -> anyhow::Result<ExitCode> {
+fn check(
+    place: &Place,
+    whole: bool,
+    settle: Option<&Path>,
+    ledgers: &[PathBuf],
+) -> anyhow::Result<ExitCode> {
     let all = read(ledgers)?;
-    let tally = match (&place.url, &place.store, &place.image) {
+    let mut tally = match (&place.url, &place.store, &place.image) {
         (Some(url), _, _) => check_server(url, &all.keys)?,
         (_, Some(path), _) => check_catalog(&Catalog::of_store(&Store::open(path)?)?, &all.keys)?,
         (_, _, Some(path)) => check_catalog(&Catalog::of_image(path, (None, None))?, &all.keys)?,
         _ => bail!("say where to look"),
     };
+    if !whole {
+        tally.unknown.clear();
+    }
     let torn = tally.groups.iter().filter(|(_, shown)| shown.len() > 1);
     let torn: Vec<String> = torn.map(|(group, _)| group.clone()).collect();
     let lists = [
@@ -471,6 +530,7 @@ fn check(place: &Place, ledgers: &[PathBuf]) -> anyhow::Result<ExitCode> {
         ("wrong", &tally.wrong),
         ("deleted, and there again", &tally.undead),
         ("torn", &torn),
+        ("known to no ledger", &tally.unknown),
         ("wrong answer", &all.wrong),
     ];
     for (what, keys) in lists {
@@ -483,7 +543,7 @@ fn check(place: &Place, ledgers: &[PathBuf]) -> anyhow::Result<ExitCode> {
     }
     println!(
         "{} acknowledged, {} found, {} gone as they should, {} missing, {} wrong, {} there again, \
-         {} groups, {} torn, {} wrong answers, {} bytes",
+         {} groups, {} torn, {} unknown, {} wrong answers, {} bytes",
         all.acknowledged,
         tally.found,
         tally.gone,
@@ -492,10 +552,15 @@ fn check(place: &Place, ledgers: &[PathBuf]) -> anyhow::Result<ExitCode> {
         tally.undead.len(),
         tally.groups.len(),
         torn.len(),
+        tally.unknown.len(),
         all.wrong.len(),
         tally.bytes
     );
     let lost = lists.iter().any(|(_, keys)| !keys.is_empty());
+    if let Some(path) = settle.filter(|_| !lost) {
+        fs::write(path, &tally.settled)
+            .with_context(|| format!("cannot write {}", path.display()))?;
+    }
     Ok(ExitCode::from(u8::from(lost)))
 }
 
@@ -511,6 +576,13 @@ fn check_catalog(catalog: &Catalog, all: &BTreeMap<String, Vec<State>>) -> anyho
             }
         }
     }
+    for entry in catalog.prefix(b"", None) {
+        let (key, _) = entry.map_err(|e| anyhow::anyhow!("the index: {}", describe(e)))?;
+        let key = String::from_utf8_lossy(&key);
+        if !all.contains_key(&*key) {
+            tally.unknown.push(key.into_owned());
+        }
+    }
     Ok(tally)
 }
 
@@ -520,6 +592,12 @@ fn space(path: &Path) -> anyhow::Result<ExitCode> {
     let catalog = Catalog::of_store(&store)?;
     let r = store.info()?.raw;
     let (mut records, mut keys, mut bytes, mut lines, mut in_payload) = (0, 0, 0, 0, 0);
+    // Frames that records reach; any other one of payload is leaked.
+    let mut reached = HashSet::new();
+    let mut reach = |extent: &Extent| {
+        let end = extent.off + u64::from(extent.len);
+        reached.extend(extent.off / FRAME_SIZE..end.div_ceil(FRAME_SIZE));
+    };
     for record in catalog.log(0) {
         let fail = |e| anyhow::anyhow!("cannot read the records: {}", describe(e));
         let record = record.map_err(fail)?;
@@ -529,6 +607,9 @@ fn space(path: &Path) -> anyhow::Result<ExitCode> {
         lines += u64::from(record.lines);
         let key = record.key_extent(catalog.media()).map_err(fail)?;
         in_payload += key.map_or(0, |extent| u64::from(extent.len));
+        key.iter().for_each(&mut reach);
+        let extents = catalog.extents(&record).map_err(fail)?;
+        extents.iter().for_each(&mut reach);
     }
     let sum = r.frames_free
         + r.frames_payload
@@ -541,9 +622,10 @@ fn space(path: &Path) -> anyhow::Result<ExitCode> {
     let mut wrong = 0;
     for (what, is, right) in [
         ("frames", r.frames_total, sum),
+        ("frames of payload", r.frames_payload, reached.len() as u64),
         (
             "bytes of payload frames",
-            r.frames_payload * pmskb_uapi::FRAME_SIZE,
+            r.frames_payload * FRAME_SIZE,
             r.live_bytes + in_payload + r.fragmented_bytes,
         ),
         ("records", r.records, records),
@@ -652,11 +734,47 @@ impl Client {
         fields: &str,
         body: &[u8],
     ) -> anyhow::Result<Reply> {
+        if body.is_empty() && method != "PUT" {
+            return self.exchange(method, key, fields, body);
+        }
+        let fields = format!("{fields}Content-Length: {}\r\n", body.len());
+        self.exchange(method, key, &fields, body)
+    }
+
+    /// Sends a request whose body comes in chunks.
+    fn send_chunked(
+        &mut self,
+        method: &str,
+        key: &str,
+        fields: &str,
+        body: &[u8],
+    ) -> anyhow::Result<Reply> {
+        let mut chunks = Vec::with_capacity(body.len() + 64);
+        // Some small, so that a packet has several, and some larger than a packet.
+        let mut sizes = [1, 700, 10, 3000, 20000].into_iter().cycle();
+        let mut rest = body;
+        while !rest.is_empty() {
+            let size = sizes.next().unwrap_or(1).min(rest.len());
+            let (chunk, more) = rest.split_at(size);
+            chunks.extend_from_slice(format!("{size:x}\r\n").as_bytes());
+            chunks.extend_from_slice(chunk);
+            chunks.extend_from_slice(b"\r\n");
+            rest = more;
+        }
+        chunks.extend_from_slice(b"0\r\n\r\n");
+        let fields = format!("{fields}Transfer-Encoding: chunked\r\n");
+        self.exchange(method, key, &fields, &chunks)
+    }
+
+    fn exchange(
+        &mut self,
+        method: &str,
+        key: &str,
+        fields: &str,
+        body: &[u8],
+    ) -> anyhow::Result<Reply> {
         let mut request = format!("{method} /{key} HTTP/1.1\r\nHost: {}\r\n", self.address);
         request += fields;
-        if !body.is_empty() || method == "PUT" {
-            let _ = write!(request, "Content-Length: {}\r\n", body.len());
-        }
         request += "\r\n";
         let mut request = request.into_bytes();
         request.extend_from_slice(body);

@@ -51,17 +51,52 @@ impl Random {
 
 /// Keys of one connection: few, so that most puts replace.
 const KEYS: usize = 24;
-/// Sizes of objects.
-const SIZES: [usize; 10] = [0, 1, 64, 200, 1024, 1448, 3000, 4096, 10000, 65536];
+/// Clients that change objects.
+pub struct Mix<'a> {
+    /// http://HOST:PORT
+    pub url: &'a str,
+    /// Start of the keys.
+    pub prefix: &'a str,
+    /// Number of this run: with it, no two changes have the same name or the same body.
+    pub run: u64,
+    /// Whether an earlier run may have left objects.
+    pub resume: bool,
+    /// Ledger to write.
+    pub ledger: &'a Path,
+    /// How many.
+    pub connections: usize,
+    /// Sizes of objects.
+    pub sizes: &'a [usize],
+    /// Keys to delete on the way.
+    pub old: &'a [String],
+}
 
 /// A connection that puts, replaces and deletes, until the server is gone.
-fn mix(address: &str, prefix: &str, ledger: &Ledger, seed: u64) -> anyhow::Result<()> {
+fn mix(
+    address: &str,
+    all: &Mix<'_>,
+    prefix: &str,
+    ledger: &Ledger,
+    seed: u64,
+) -> anyhow::Result<()> {
+    let (run, sizes) = (all.run, all.sizes);
     let mut random = Random(seed | 1);
     let mut client = connect(address)?;
     // Tags of the objects that are there.
     let mut tags: [Option<String>; KEYS] = Default::default();
+    if all.resume {
+        for (which, tag) in tags.iter_mut().enumerate() {
+            let key = format!("{prefix}.{which}");
+            let reply = client.send("GET", &key, "", &[])?;
+            match reply.status {
+                200 => *tag = reply.tag,
+                404 => {}
+                status => bail!("{key}: status {status}"),
+            }
+        }
+    }
     for n in 0u64.. {
-        let id = format!("{prefix}.{n}");
+        let id = format!("{prefix}.{run}.{n}");
         let which = random.below(KEYS);
         let key = format!("{prefix}.{which}");
         let delete = tags[which].is_some() && random.below(3) == 0;
@@ -75,14 +110,18 @@ fn mix(address: &str, prefix: &str, ledger: &Ledger, seed: u64) -> anyhow::Resul
         let (method, body, note) = if delete {
             ("DELETE", Vec::new(), format!("? {id} del {key}\n"))
         } else {
-            let version = format!("{n}-{}", SIZES[random.below(SIZES.len())]);
+            let version = format!("{run}.{n}-{}", sizes[random.below(sizes.len())]);
             let body = body_of(&format!("{key}#{version}"))?;
             ("PUT", body, format!("? {id} put {key} {version}\n"))
         };
         if !refused {
             ledger.note(&note)?;
         }
-        let reply = client.send(method, &key, &condition, &body)?;
+        let reply = if !delete && random.below(5) == 0 {
+            client.send_chunked(method, &key, &condition, &body)?
+        } else {
+            client.send(method, &key, &condition, &body)?
+        };
         let right = match (refused, delete, tags[which].is_some()) {
             (true, ..) => 412,
             (_, true, _) => 204,
@@ -137,31 +176,28 @@ fn connect(address: &str) -> anyhow::Result<Client> {
     }
 }
 
-/// Changes objects over `connections` connections until the server is gone;
-/// another one deletes the objects with `old` keys.
-pub fn run(
-    url: &str,
-    prefix: &str,
-    ledger: &Path,
-    connections: usize,
-    old: &[String],
-) -> anyhow::Result<()> {
-    let address = url
+/// Changes objects over some connections until the server is gone; another one deletes
+/// the old objects.
+pub fn run(all: &Mix<'_>) -> anyhow::Result<()> {
+    let address = all
+        .url
         .strip_prefix("http://")
         .map(|a| a.trim_end_matches('/'))
-        .with_context(|| format!("{url}: not http://HOST:PORT"))?;
-    let ledger = &Ledger::open(ledger)?;
+        .with_context(|| format!("{}: not http://HOST:PORT", all.url))?;
+    let (prefix, run) = (all.prefix, all.run);
+    let ledger = &Ledger::open(all.ledger)?;
     std::thread::scope(|scope| {
-        let sweeper = scope.spawn(move || sweep(address, &format!("{prefix}.s"), ledger, old));
-        let mut all = vec![sweeper];
-        for n in 0..connections {
-            let seed = prefix.bytes().fold(n as u64 + 1, |h, b| {
+        let sweeper = format!("{prefix}.s.{run}");
+        let mut threads = vec![scope.spawn(move || sweep(address, &sweeper, ledger, all.old))];
+        for n in 0..all.connections {
+            let seed = prefix.bytes().fold(n as u64 + 1 + (run << 8), |h, b| {
                 h.wrapping_mul(0x100_0000_01b3) ^ u64::from(b)
             });
-            all.push(scope.spawn(move || mix(address, &format!("{prefix}.{n}"), ledger, seed)));
+            let prefix = format!("{prefix}.{n}");
+            threads.push(scope.spawn(move || mix(address, all, &prefix, ledger, seed)));
         }
         let mut result = Ok(());
-        for thread in all {
+        for thread in threads {
             let ended = thread.join().expect("no thread panicked");
             result = result.and(ended);
         }
@@ -178,12 +214,13 @@ const LENGTHS: [usize; 6] = [40, 100, 700, 1448, 3000, 64];
 pub fn batches(
     address: &str,
     prefix: &str,
+    run: u64,
     ledger: &Path,
     connections: usize,
 ) -> anyhow::Result<()> {
     let ledger = &Ledger::open(ledger)?;
     std::thread::scope(|scope| {
-        let work = |n| move || batch(address, &format!("{prefix}.{n}"), ledger);
+        let work = |n| move || batch(address, &format!("{prefix}.{n}"), run, ledger);
         let all: Vec<_> = (0..connections).map(|n| scope.spawn(work(n))).collect();
         all.into_iter().try_for_each(|thread| {
             let ended = thread.join();
@@ -192,7 +229,7 @@ pub fn batches(
     })
 }
 
-fn batch(address: &str, prefix: &str, ledger: &Ledger) -> anyhow::Result<()> {
+fn batch(address: &str, prefix: &str, run: u64, ledger: &Ledger) -> anyhow::Result<()> {
     let mut tries = 0;
     let socket = loop {
         match TcpStream::connect(address) {
@@ -208,7 +245,7 @@ fn batch(address: &str, prefix: &str, ledger: &Ledger) -> anyhow::Result<()> {
     let mut there = [false; GROUPS as usize];
     for n in 0u64.. {
         let group = n % GROUPS;
-        let (id, name) = (format!("{prefix}.{n}"), format!("{prefix}.g{group}"));
+        let (id, name) = (format!("{prefix}.{run}.{n}"), format!("{prefix}.g{group}"));
         // Always as many, of which most do not fit one packet, or one line of words.
         let count = 3 + 9 * group;
         let there = &mut there[group as usize];
@@ -224,8 +261,8 @@ fn batch(address: &str, prefix: &str, ledger: &Ledger) -> anyhow::Result<()> {
             let length = LENGTHS[(n / GROUPS) as usize % LENGTHS.len()];
             request.extend_from_slice(format!("put {id} {name} {count} {length}\n").as_bytes());
             for k in 0..count {
-                notes += &format!("? {id} put {name}/{k} {n}-{length}\n");
-                request.extend(body_of(&format!("{name}/{k}#{n}-{length}"))?);
+                notes += &format!("? {id} put {name}/{k} {run}.{n}-{length}\n");
+                request.extend(body_of(&format!("{name}/{k}#{run}.{n}-{length}"))?);
             }
         }
         ledger.note(&notes)?;
