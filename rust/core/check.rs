@@ -170,8 +170,8 @@ impl<P: Pmem> Inspector<P> {
         let header = match FrameHeader::read(&self.pm, off, &self.sb.uuid) {
             Ok(header) => header,
             Err(Error::Damaged) => {
-                let was = FrameHeader::resembles(&self.pm, off, &self.sb.uuid)?;
-                return Ok(if was {
+                let lost = FrameHeader::lost(&self.pm, self.geometry(), &self.sb, off)?;
+                return Ok(if lost {
                     FrameFound::Damaged
                 } else {
                     FrameFound::Other

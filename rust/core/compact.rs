@@ -488,10 +488,12 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
             }
             let frame = Frame::of(from.off).ok_or(Error::Damaged)?;
             self.each_record(from, |store, record| {
-                // For readers that look at the old place still. The frame is over, so
-                // this needs no write-back.
+                // For readers that look at the old place still. Written back, so that what
+                // is left in the frame is not taken for records that were lost with a
+                // header when a crash cuts the next one short.
                 let word = kill_word(&store.pm, record.loc)?;
                 store.pm.store(record.loc.0, word)?;
+                store.flush(record.loc.0, 8)?;
                 store.release_bytes(record)?;
                 store.frames.unhold(frame, 0)?;
                 Ok(())

@@ -21,8 +21,8 @@
 use super::csum::Sum;
 use super::pmem::{get, get_u16, get_u32, get_u64, put};
 use super::{
-    Error, Extent, Frame, Geometry, Packer, Pmem, Result, FRAME_SIZE, LINE_SIZE, MAX_EXTENTS,
-    MAX_KEY, MAX_OBJECT,
+    Error, Extent, Frame, Geometry, Packer, Pmem, Result, Superblock, FRAME_SIZE, LINE_SIZE,
+    MAX_EXTENTS, MAX_KEY, MAX_OBJECT,
 };
 use core::cmp::Ordering;
 
@@ -377,6 +377,45 @@ impl FrameHeader {
         Ok((magic && (place || store)) || (place && store))
     }
 
+    /// Whether records were lost with the header at `off`, which is none, as far as can be
+    /// told. A crash before a frame's first commit leaves any mixture of a header and of
+    /// what was there, a payload for instance, but no record that belongs to it.
+    pub(super) fn lost<P: Pmem>(pm: &P, geo: &Geometry, sb: &Superblock, off: u64) -> Result<bool> {
+        let mut raw = [0u8; LINE_SIZE as usize];
+        pm.read(off, &mut raw)?;
+        let (base_seq, epoch) = (get_u64(&raw, 16)?, get_u64(&raw, 40)?);
+        let made = FrameHeader::new(pm, sb.salt, off, base_seq, epoch);
+        let stored = FrameHeader {
+            nonce: get_u32(&raw, 48)?,
+            ..made
+        };
+        let resembles = Self::resembles(pm, off, &sb.uuid)?;
+        for line in 1..LINES {
+            let at = off.saturating_add(line * LINE_SIZE);
+            match pm.read(at, &mut raw) {
+                Err(Error::Io) => continue,
+                read => read?,
+            }
+            let put = |header| match parse(pm, geo, header, line) {
+                Ok(Line::Put(record)) => Ok(record.keyed() || record.seq > sb.trunc_seq),
+                Ok(_) | Err(Error::Io) => Ok(false),
+                Err(error) => Err(error),
+            };
+            let found = if resembles {
+                put(&stored)? || put(&made)?
+            } else {
+                // Nothing is left that the sums of records could be checked with.
+                let word = get_u64(&raw, 0)?;
+                let lines = (word >> 40) & 0xff;
+                lines > 0 && line + lines <= LINES && is_put(word) && is_sane(&raw)?
+            };
+            if found {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
     /// Whether the nonce is the one that this store would have made.
     pub(super) fn check_nonce<P: Pmem>(&self, pm: &P, salt: u64) -> Result<()> {
         let epoch = pm.load(self.off.saturating_add(40))?;
@@ -505,18 +544,10 @@ fn parse_put<P: Pmem>(
         pm.read(loc.0.saturating_add(line * LINE_SIZE), &mut next)?;
         crc = pm.crc32c(crc, &next);
     }
-    let key_len = get_u16(raw, 30)?;
-    let nr_extents = get_u32(raw, 40)?;
-    let sane = usize::from(key_len) <= MAX_KEY
-        && nr_extents <= MAX_EXTENTS
-        && flags & !F_KNOWN == 0
-        && (flags >> 4) & 3 != 3
-        && (flags & F_KEYED != 0 || key_len == 0)
-        && (flags & F_KEY_EXTENT == 0 || key_len != 0)
-        && u64::from(lines) == lines_for(flags, key_len, nr_extents);
-    if !sane {
+    if !is_sane(raw)? {
         return Ok(wrong);
     }
+    let key_len = get_u16(raw, 30)?;
     if flags & F_KEY_EXTENT != 0 {
         let at = loc.0.saturating_add(key_at(flags));
         let extent = Extent::unpack(pm.load(at)?);
@@ -534,6 +565,21 @@ fn parse_put<P: Pmem>(
         return Ok(wrong);
     }
     decode(pm, loc, raw, header.nonce).map(Line::Put)
+}
+
+/// Whether a record's parts go together.
+fn is_sane(raw: &[u8; LINE_SIZE as usize]) -> Result<bool> {
+    let word = get_u64(raw, 0)?;
+    let (lines, flags) = ((word >> 40) as u8, (word >> 48) as u16);
+    let key_len = get_u16(raw, 30)?;
+    let nr_extents = get_u32(raw, 40)?;
+    Ok(usize::from(key_len) <= MAX_KEY
+        && nr_extents <= MAX_EXTENTS
+        && flags & !F_KNOWN == 0
+        && (flags >> 4) & 3 != 3
+        && (flags & F_KEYED != 0 || key_len == 0)
+        && (flags & F_KEY_EXTENT == 0 || key_len != 0)
+        && u64::from(lines) == lines_for(flags, key_len, nr_extents))
 }
 
 /// What a record says, whether or not it is right.

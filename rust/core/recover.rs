@@ -61,8 +61,8 @@ pub struct Report {
     pub record_frames: u64,
     /// Record frames without, given back.
     pub empty_frames: u64,
-    /// Frames marked in the map whose header is none of this store's: damaged,
-    /// or never used because of a crash. Given back.
+    /// Frames marked in the map whose header is damaged, and with it lost the records
+    /// that seem to be there. Given back.
     pub damaged_frames: u64,
     /// Records left alone because their extents cannot be right.
     pub bad_extents: u64,
@@ -164,7 +164,8 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
             Err(Error::Io) => Ok(Mapped::Unreadable),
             Err(Error::Damaged) => Ok(Mapped::Other {
                 // A frame that was given back has no magic any more.
-                damaged: self.pm.load(frame.off())? != 0,
+                damaged: self.pm.load(frame.off())? != 0
+                    && FrameHeader::lost(&self.pm, &self.geo, &self.sb, frame.off())?,
             }),
             Err(error) => Err(error),
         }

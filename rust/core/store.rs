@@ -796,6 +796,11 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         let header = FrameHeader::new(&self.pm, self.sb.salt, frame.off(), base_seq, epoch);
         let word = header.write(&self.pm, &self.sb.uuid, epoch, now)?;
         self.note_flush(frame.off(), LINE_SIZE);
+        if !now {
+            // Records come whole before that word does: with anything else in its place, a
+            // crash would leave what looks like records that were lost with their header.
+            self.fence();
+        }
         self.set_map(frame, true)?;
         Ok((header, word))
     }

@@ -12,8 +12,11 @@ use pmskb_core::*;
 fn check_image(image: SimPm, model: &Model, rng: &mut Rng) -> std::result::Result<u64, String> {
     let mut states = 1;
     let again = image.clone();
-    let (store, _) = recover(image).map_err(|error| format!("recovery: {error:?}"))?;
+    let (store, report) = recover(image).map_err(|error| format!("recovery: {error:?}"))?;
     check(&store, model)?;
+    if report.damaged_frames + report.bad_extents > 0 {
+        return Err(format!("a crash is taken for damage: {report:?}"));
+    }
     if rng.below(4) == 0 {
         let events = store.pm().counts().events;
         again.stop_at(rng.below(events + 1));

@@ -257,10 +257,11 @@ impl<P: Pmem> Work<'_, P> {
                 .note(),
                 FrameFound::Other => finding(
                     "frame_other",
-                    "the map names a frame that is no record frame of this store",
+                    "the map names a frame that has no header and no records: a crash left the bit",
                     frame.off(),
                     Fix::Unmap(frame, false),
-                ),
+                )
+                .note(),
                 FrameFound::Damaged => finding(
                     "frame_damaged",
                     "the header of a record frame is damaged: its records cannot be read",

@@ -354,6 +354,14 @@ fn fsck_finds_and_mends() {
         &[],
     );
     damaged(
+        "header_gone",
+        &bytes,
+        |b| b[frame..frame + 64].fill(0x55),
+        &[("frame_damaged", None)],
+        (4, 1),
+        &[],
+    );
+    damaged(
         "unmapped",
         &bytes,
         |b| b[bit.0] ^= bit.1,
@@ -363,14 +371,16 @@ fn fsck_finds_and_mends() {
     );
     let frame = second as usize / 4096;
     let bit = (of("map_off") + frame / 8, 1u8 << (frame % 8));
-    damaged(
-        "mapped",
-        &bytes,
-        |b| b[bit.0] ^= bit.1,
-        &[("frame_other", None)],
-        (1, 0),
-        &ALL,
-    );
+    // A crash leaves it before the first commit in a frame that had been a payload's.
+    let mut mapped = bytes.clone();
+    mapped[bit.0] ^= bit.1;
+    let image = Image::new("mapped", &mapped);
+    let (status, found, _) = fsck(&image, &[]);
+    assert_eq!(found, [("frame_other".to_string(), None)]);
+    assert_eq!(status, 0);
+    text(&image, &["verify"]);
+    assert_eq!(fsck(&image, &["--repair"]).0, 0);
+    assert_eq!(fsck(&image, &[]).1, []);
     damaged(
         "batch",
         &bytes,
