@@ -17,7 +17,7 @@
 #include <sys/syscall.h>
 #include <sys/un.h>
 
-#include "kselftest_harness.h"
+#include "harness.h"
 
 #define ERRNO(call) ((call) < 0 ? errno : 0)
 #ifndef IPPROTO_MPTCP

@@ -22,7 +22,7 @@
 #include <sys/uio.h>
 #include <sys/wait.h>
 
-#include "kselftest_harness.h"
+#include "harness.h"
 
 #define ERRNO(call) ((call) < 0 ? errno : 0)
 #define FRAME ((size_t)PMSKB_FRAME_SIZE)

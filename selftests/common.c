@@ -242,7 +242,7 @@ int store_quiet(const struct store *s, int ms, struct pmskb_store_info *info)
 
 int store_back(const struct store *s, int ms, struct pmskb_store_info *info)
 {
-	for (;; ms -= 20) {
+	for (ms *= slowness();; ms -= 20) {
 		int err = store_quiet(s, 0, info);
 
 		if (err && err != -ETIMEDOUT)
@@ -311,6 +311,15 @@ unsigned long env_number(const char *name, unsigned long otherwise)
 	const char *v = getenv(name);
 
 	return v && *v ? strtoul(v, NULL, 0) : otherwise;
+}
+
+int slowness(void)
+{
+	static int times;
+
+	if (!times)
+		times = env_number("PMSKB_TEST_SLOWNESS", 1);
+	return times;
 }
 
 static const struct {
@@ -503,8 +512,8 @@ int conn_make(struct conn *c, const struct net *net, int store_fd, enum how how)
 	}
 	setsockopt(c->c, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
 	/* A test that would hang fails instead. */
-	timeout_set(c->s, 20000);
-	timeout_set(c->c, 20000);
+	timeout_set(c->s, 20000 * slowness());
+	timeout_set(c->c, 20000 * slowness());
 	return 0;
 }
 

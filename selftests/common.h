@@ -32,6 +32,12 @@
 void *bad_ptr(void);
 #define TEST_LABEL "selftest"
 
+/*
+ * How much longer everything may take: PMSKB_TEST_SLOWNESS, for kernels that check what
+ * they do. A limit that only keeps a test from hanging is multiplied by it.
+ */
+int slowness(void);
+
 /* ---- devices and stores ---- */
 
 enum dev { DEV_PMEM, DEV_DAX };

@@ -16,7 +16,7 @@
 #include <sys/sysmacros.h>
 #include <time.h>
 
-#include "kselftest_harness.h"
+#include "harness.h"
 
 #define ERRNO(call) ((call) < 0 ? errno : 0)
 
@@ -504,7 +504,7 @@ TEST_F(region, detach_with_no_time_out_given_waits_at_most_two_seconds_or_so)
 	clock_gettime(CLOCK_MONOTONIC, &t0);
 	EXPECT_EQ(-EBUSY, dev_detach(s.ctl, s.minor, 0));
 	clock_gettime(CLOCK_MONOTONIC, &t1);
-	EXPECT_GE(10, t1.tv_sec - t0.tv_sec);
+	EXPECT_GE(10 * slowness(), t1.tv_sec - t0.tv_sec);
 	EXPECT_EQ(0, store_close(&s));
 }
 

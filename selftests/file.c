@@ -17,7 +17,7 @@
 #include <sys/sysmacros.h>
 #include <sys/uio.h>
 
-#include "kselftest_harness.h"
+#include "harness.h"
 
 #define ERRNO(call) ((call) < 0 ? errno : 0)
 

@@ -8,7 +8,7 @@
 
 #include <sys/ioctl.h>
 
-#include "kselftest_harness.h"
+#include "harness.h"
 
 struct field {
 	const char *type, *name;

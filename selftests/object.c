@@ -16,7 +16,7 @@
 #include <sys/uio.h>
 #include <sys/wait.h>
 
-#include "kselftest_harness.h"
+#include "harness.h"
 
 #define ERRNO(call) ((call) < 0 ? errno : 0)
 #define MAX_DESC 4096

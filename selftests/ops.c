@@ -13,7 +13,7 @@
 #include <sys/ioctl.h>
 #include <time.h>
 
-#include "kselftest_harness.h"
+#include "harness.h"
 #include "objects.h"
 
 #define ERRNO(call) ((call) < 0 ? errno : 0)
