@@ -396,6 +396,38 @@ void pmskb_spin_lock_init(spinlock_t *lock)
 	spin_lock_init(lock);
 }
 
+#if IS_BUILTIN(CONFIG_KUNIT)
+/*
+ * For unit tests: a packet of these bytes, the data at the network header, @linear of
+ * them in its head and the others in page fragments.
+ */
+struct sk_buff *pmskb_test_skb(const void *bytes, size_t len, size_t linear)
+{
+	struct sk_buff *skb;
+	int err;
+
+	skb = alloc_skb_with_frags(64 + linear, len - linear, 0, &err, GFP_KERNEL);
+	if (!skb)
+		return NULL;
+	skb_reserve(skb, 64);
+	skb_put(skb, linear);
+	skb->data_len = len - linear;
+	skb->len = len;
+	skb_reset_network_header(skb);
+	if (skb_store_bits(skb, 0, bytes, len)) {
+		kfree_skb(skb);
+		return NULL;
+	}
+	return skb;
+}
+
+void pmskb_test_skb_checksum(struct sk_buff *skb, u8 ip_summed, u32 csum)
+{
+	skb->ip_summed = ip_summed;
+	skb->csum = (__force __wsum)csum;
+}
+#endif
+
 void pmskb_skb_facts(struct sk_buff *skb, bool v6, struct pmskb_skb_facts *f)
 {
 	const struct skb_shared_info *si = skb_shinfo(skb);

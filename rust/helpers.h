@@ -142,6 +142,8 @@ struct pmskb_flow {
 #define PMSKB_HOOK_PRIORITY 150
 
 void pmskb_spin_lock_init(spinlock_t *lock);
+struct sk_buff *pmskb_test_skb(const void *bytes, size_t len, size_t linear);
+void pmskb_test_skb_checksum(struct sk_buff *skb, u8 ip_summed, u32 csum);
 void pmskb_skb_facts(struct sk_buff *skb, bool v6, struct pmskb_skb_facts *f);
 bool pmskb_pskb_may_pull(struct sk_buff *skb, unsigned int len);
 void *pmskb_skb_header_pointer(const struct sk_buff *skb, int off, int len, void *buf);

@@ -833,3 +833,191 @@ pub(crate) fn stop() {
     unsafe { ext::pmskb_net_stop() };
     *HOOKS.lock() = KVec::new();
 }
+
+#[kunit_tests(pmskb_place)]
+mod tests {
+    use super::*;
+    use crate::skb::synthetic::Packet;
+
+    const PAYLOAD: [u8; 777] = {
+        let mut bytes = [0; 777];
+        let mut at = 0;
+        while at < bytes.len() {
+            bytes[at] = (at * 31 + at / 200) as u8;
+            at += 1;
+        }
+        bytes
+    };
+
+    /// A segment on the wire.
+    struct Wire {
+        bytes: KVec<u8>,
+        transport: usize,
+        payload: usize,
+    }
+
+    impl Wire {
+        /// With a right checksum. `options`: words of TCP options, and of IPv4 options.
+        fn new(family: Family, options: usize, len: usize) -> Result<Self> {
+            let mut bytes = KVec::new();
+            let tcp_len = 20 + options * 4 + len;
+            let transport = match family {
+                Family::V4 => {
+                    let total = (20 + options * 4 + tcp_len) as u16;
+                    bytes.extend_from_slice(&[0x45 + options as u8, 0], GFP_KERNEL)?;
+                    bytes.extend_from_slice(&total.to_be_bytes(), GFP_KERNEL)?;
+                    bytes.extend_from_slice(&[0, 0, 0, 0, 64, TCP, 0, 0], GFP_KERNEL)?;
+                    bytes.extend_from_slice(&[10, 1, 2, 3, 10, 4, 5, 6], GFP_KERNEL)?;
+                    for _ in 0..options {
+                        bytes.extend_from_slice(&[1, 1, 1, 1], GFP_KERNEL)?;
+                    }
+                    20 + options * 4
+                }
+                Family::V6 => {
+                    bytes.extend_from_slice(&[0x60, 0, 0, 0], GFP_KERNEL)?;
+                    bytes.extend_from_slice(&(tcp_len as u16).to_be_bytes(), GFP_KERNEL)?;
+                    bytes.extend_from_slice(&[TCP, 64], GFP_KERNEL)?;
+                    for at in 0..32 {
+                        bytes.push(0xe0 ^ at, GFP_KERNEL)?;
+                    }
+                    40
+                }
+            };
+            bytes.extend_from_slice(&[0x12, 0x34, 0, 80], GFP_KERNEL)?;
+            bytes.extend_from_slice(&[0xff, 0xff, 0xff, 0xfe, 1, 2, 3, 4], GFP_KERNEL)?;
+            bytes.extend_from_slice(&[(5 + options as u8) << 4, 0x18, 7, 7], GFP_KERNEL)?;
+            bytes.extend_from_slice(&[0, 0, 0, 0], GFP_KERNEL)?;
+            for _ in 0..options {
+                bytes.extend_from_slice(&[1, 1, 8, 10], GFP_KERNEL)?;
+            }
+            let payload = bytes.len();
+            bytes.extend_from_slice(&PAYLOAD[..len], GFP_KERNEL)?;
+            // Not by what is tested: by its definition.
+            let mut all = KVec::new();
+            let addresses = if family == Family::V4 { 12..20 } else { 8..40 };
+            all.extend_from_slice(&bytes[addresses], GFP_KERNEL)?;
+            all.extend_from_slice(&[0, TCP], GFP_KERNEL)?;
+            all.extend_from_slice(&(tcp_len as u16).to_be_bytes(), GFP_KERNEL)?;
+            all.extend_from_slice(&bytes[transport..], GFP_KERNEL)?;
+            let field = !reference(&all);
+            bytes[transport + 16..transport + 18].copy_from_slice(&field.to_be_bytes());
+            Ok(Self {
+                bytes,
+                transport,
+                payload,
+            })
+        }
+
+        fn packet(&self) -> Result<Packet> {
+            Packet::new(&self.bytes, self.payload)
+        }
+    }
+
+    /// RFC 1071, word by word.
+    fn reference(bytes: &[u8]) -> u16 {
+        let mut sum = 0u32;
+        for pair in bytes.chunks(2) {
+            sum += u32::from(pair[0]) << 8 | pair.get(1).map_or(0, |b| u32::from(*b));
+            sum = (sum & 0xffff) + (sum >> 16);
+        }
+        sum as u16
+    }
+
+    const SHAPES: [(Family, usize, usize); 8] = [
+        (Family::V4, 0, 1),
+        (Family::V4, 0, 777),
+        (Family::V4, 3, 500),
+        (Family::V4, 10, 3),
+        (Family::V6, 0, 1),
+        (Family::V6, 0, 776),
+        (Family::V6, 3, 501),
+        (Family::V6, 10, 64),
+    ];
+
+    #[test]
+    fn segments_are_told_from_what_is_none() -> Result {
+        for (family, options, len) in SHAPES {
+            let wire = Wire::new(family, options, len)?;
+            let mut packet = wire.packet()?;
+            let segment = Segment::parse(&packet.arriving(), family).ok_or(EINVAL)?;
+            assert_eq!(segment.transport as usize, wire.transport);
+            assert_eq!(segment.payload as usize, wire.payload);
+            assert_eq!(segment.len as usize, len);
+            assert_eq!(segment.seq, 0xffff_fffe);
+            assert_eq!(segment.tuple.src_port, 0x1234);
+            assert_eq!(segment.tuple.dst_port, 80);
+            assert!(!segment.reset);
+
+            let parses = |at: usize, byte: u8, cut: usize| -> Result<Option<Segment>> {
+                let mut bytes = KVec::new();
+                bytes.extend_from_slice(&wire.bytes[..wire.bytes.len() - cut], GFP_KERNEL)?;
+                bytes[at] = byte;
+                let mut packet = Packet::new(&bytes, 20)?;
+                let segment = Segment::parse(&packet.arriving(), family);
+                Ok(segment)
+            };
+            let first = wire.bytes[0];
+            // No payload; half a TCP header; TCP headers too short or longer than the packet.
+            assert!(parses(0, first, len)?.is_none());
+            assert!(parses(0, first, wire.bytes.len() - wire.transport - 19)?.is_none());
+            assert!(parses(wire.transport + 12, 0x4f, 0)?.is_none());
+            if 60 > 20 + options * 4 + len {
+                assert!(parses(wire.transport + 12, 0xf0, 0)?.is_none());
+            }
+            // UDP.
+            let protocol = if family == Family::V4 { 9 } else { 6 };
+            assert!(parses(protocol, 17, 0)?.is_none());
+            if family == Family::V4 {
+                assert!(parses(0, 0x44, 0)?.is_none());
+            }
+            // A SYN takes a number itself, here the last one but one.
+            let syn = parses(wire.transport + 13, 0x1a, 0)?.ok_or(EINVAL)?;
+            assert_eq!(syn.seq, 0xffff_ffff);
+            assert!(parses(wire.transport + 13, 0x1c, 0)?.ok_or(EINVAL)?.reset);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn the_payloads_sum_is_derived_from_headers_alone() -> Result {
+        for (family, options, len) in SHAPES {
+            let wire = Wire::new(family, options, len)?;
+            let want = Sum::new(reference(&PAYLOAD[..len]));
+            let derived = |packet: &mut Packet| -> Result<Sums> {
+                let skb = packet.arriving();
+                let facts = skb.facts(family);
+                let segment = Segment::parse(&skb, family).ok_or(EINVAL)?;
+                Ok(derive(&skb, &segment, &facts))
+            };
+            let mut packet = wire.packet()?.summed(CHECKSUM_UNNECESSARY, 0);
+            assert!(matches!(derived(&mut packet)?, Sums::Derived(sum) if sum == want));
+            // What a device sums, as C keeps it.
+            let all = u32::from(reference(&wire.bytes).to_be());
+            let mut packet = wire.packet()?.summed(CHECKSUM_COMPLETE, all);
+            assert!(matches!(derived(&mut packet)?, Sums::Hardware(sum) if sum == want));
+            let mut packet = wire.packet()?.summed(CHECKSUM_NONE, 0);
+            assert!(matches!(derived(&mut packet)?, Sums::Unverified));
+            // CHECKSUM_PARTIAL: the field has the pseudo header's sum.
+            let mut packet = wire.packet()?.summed(3, 0);
+            assert!(matches!(derived(&mut packet)?, Sums::Nothing));
+            // Headers that are not linear are not read.
+            let mut packet =
+                Packet::new(&wire.bytes, wire.payload - 1)?.summed(CHECKSUM_UNNECESSARY, 0);
+            assert!(matches!(derived(&mut packet)?, Sums::Nothing));
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn the_sum_of_runs_is_that_of_the_whole() {
+        let want = Sum::new(reference(&PAYLOAD));
+        for cuts in [[1, 2], [3, 700], [128, 129], [776, 777], [0, 777]] {
+            let mut kept = 0;
+            for (from, to) in [(0, cuts[0]), (cuts[0], cuts[1]), (cuts[1], 777)] {
+                let run = u32::from(reference(&PAYLOAD[from..to]).to_be());
+                kept = add(kept, run, from as u32);
+            }
+            assert!(sum(kept) == want);
+        }
+    }
+}

@@ -443,3 +443,184 @@ fn copy_and_sum_bits(
     // has `len` bytes.
     Ok(unsafe { ext::skb_copy_and_csum_bits(skb, off, to.as_mut_ptr().cast::<u8>(), len) })
 }
+
+/// Packets made up for unit tests.
+#[cfg(CONFIG_KUNIT = "y")]
+pub(crate) mod synthetic {
+    use super::*;
+
+    /// A packet that is nobody else's.
+    pub(crate) struct Packet(NonNull<bindings::sk_buff>);
+
+    impl Packet {
+        /// Of these bytes, the network header first; `linear` of them in the head.
+        pub(crate) fn new(bytes: &[u8], linear: usize) -> Result<Self> {
+            let linear = linear.min(bytes.len());
+            // SAFETY: The bytes are there, `linear` is not more than they are.
+            let skb = unsafe { ext::pmskb_test_skb(bytes.as_ptr().cast(), bytes.len(), linear) };
+            NonNull::new(skb).map(Self).ok_or(ENOMEM)
+        }
+
+        /// What a device would have said of the checksum.
+        pub(crate) fn summed(self, ip_summed: u8, wsum: u32) -> Self {
+            // SAFETY: The skb is ours.
+            unsafe { ext::pmskb_test_skb_checksum(self.0.as_ptr(), ip_summed, wsum) };
+            self
+        }
+
+        /// As the hook sees it.
+        pub(crate) fn arriving(&mut self) -> Arriving<'_> {
+            // INVARIANT: It is ours while `self` is borrowed, on no list, and its data is at the
+            // network header. Nothing that the tests call relies on RCU.
+            Arriving {
+                skb: self.0,
+                _hook: PhantomData,
+            }
+        }
+    }
+
+    impl Drop for Packet {
+        fn drop(&mut self) {
+            // SAFETY: Ours.
+            unsafe { bindings::consume_skb(self.0.as_ptr()) };
+        }
+    }
+}
+
+#[kunit_tests(pmskb_skb)]
+mod tests {
+    use super::{synthetic::Packet, *};
+    use crate::pm::csum::Sum;
+    use kernel::page::Page;
+
+    /// Bytes that are all different for a while.
+    fn bytes<const N: usize>() -> [u8; N] {
+        core::array::from_fn(|at| (at * 7 + at / 256) as u8)
+    }
+
+    #[test]
+    fn a_header_is_read_wherever_it_lies() -> Result {
+        let all = bytes::<300>();
+        for linear in [0, 1, 10, 19, 20, 21, 299, 300] {
+            let mut packet = Packet::new(&all, linear)?;
+            let skb = packet.arriving();
+            assert_eq!(skb.len(), 300);
+            for off in [0usize, 1, 10, 20, 200, 280] {
+                let header = skb.header::<20>(off as u32).ok_or(EINVAL)?;
+                assert!(header.as_slice() == &all[off..off + 20]);
+            }
+            assert!(skb.header::<20>(281).is_none());
+            assert!(skb.header::<20>(u32::MAX).is_none());
+            assert!(skb.front(linear as u32).is_some());
+            assert!(skb.front(linear as u32 + 1).is_none());
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn copies_are_exact_and_so_is_their_sum() -> Result {
+        let all = bytes::<301>();
+        for linear in [0, 33, 301] {
+            let mut packet = Packet::new(&all, linear)?;
+            let skb = packet.arriving();
+            for (off, len) in [
+                (0usize, 301usize),
+                (1, 300),
+                (20, 33),
+                (32, 3),
+                (300, 1),
+                (301, 0),
+            ] {
+                let mut plain = [const { MaybeUninit::new(0xa5u8) }; 301];
+                let mut summed = plain;
+                skb.copy(off as u32, &mut plain[..len])?;
+                let sum = skb.copy_and_sum(off as u32, &mut summed[..len])?;
+                for at in 0..301 {
+                    let want = if at < len { all[off + at] } else { 0xa5 };
+                    // SAFETY: All bytes were initialised above.
+                    let (p, s) = unsafe { (plain[at].assume_init(), summed[at].assume_init()) };
+                    assert!(p == want && s == want);
+                }
+                assert!(Sum::from_wsum(sum) == Sum::of(&all[off..off + len]));
+            }
+            let mut one = [MaybeUninit::uninit(); 1];
+            assert!(skb.copy(301, &mut one) == Err(EFAULT));
+            assert!(skb.copy_and_sum(u32::MAX, &mut one) == Err(EFAULT));
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_new_body_has_the_headers_at_the_end_of_its_head_and_the_payload_in_pages() -> Result {
+        let all = bytes::<900>();
+        let mut packet = Packet::new(&all, 60)?;
+        let payload = Page::alloc_page(GFP_KERNEL)?;
+        // SAFETY: The page is ours, and `all` has what is written.
+        unsafe { payload.write_raw(all[40..].as_ptr(), 100, 860)? };
+        let page = NonNull::new(payload.as_ptr()).ok_or(EINVAL)?;
+        let mut skb = packet.arriving();
+        // Headers that are not linear.
+        assert!(Fresh::new(&skb, Head::Dram(shinfo_size() + 128), 0, 61).is_err());
+
+        let head = Head::Dram(64 + shinfo_size());
+        let mut fresh = Fresh::new(&skb, head, 14, 40).map_err(|_| ENOMEM)?;
+        // In two parts, the second at an odd offset.
+        // SAFETY: Each reference that is taken becomes the skb's; the bytes are within the page.
+        unsafe {
+            ext::pmskb_page_get(page.as_ptr());
+            fresh.add(page, 100, 333);
+            ext::pmskb_page_get(page.as_ptr());
+            fresh.add(page, 433, 527);
+        }
+        skb.become_of(fresh);
+        assert_eq!(skb.len(), 900);
+        // The head ends where the headers do: nothing can be put back there.
+        assert!(skb.front(40) == Some(&all[..40]));
+        assert!(skb.raw().tail == skb.raw().end);
+        let mut copy = [const { MaybeUninit::new(0u8) }; 900];
+        let sum = skb.copy_and_sum(0, &mut copy)?;
+        // SAFETY: All bytes are initialised.
+        assert!((0..900).all(|at| unsafe { copy[at].assume_init() } == all[at]));
+        assert!(Sum::from_wsum(sum) == Sum::of(&all));
+        // SAFETY: The page is there.
+        assert_eq!(unsafe { ext::pmskb_page_ref_count(page.as_ptr()) }, 3);
+        drop(packet);
+        // SAFETY: As above.
+        assert_eq!(unsafe { ext::pmskb_page_ref_count(page.as_ptr()) }, 1);
+        Ok(())
+    }
+
+    #[test]
+    fn headers_that_do_not_fit_a_head_are_refused() -> Result {
+        let all = bytes::<900>();
+        let mut packet = Packet::new(&all, 900)?;
+        let skb = packet.arriving();
+        let size = 128 + shinfo_size();
+        assert!(Fresh::new(&skb, Head::Dram(size), 0, 900).is_err());
+        assert!(Fresh::new(&skb, Head::Dram(size), 65, 20).is_err());
+        assert!(Fresh::new(&skb, Head::Dram(size), 64, 20).is_ok());
+        assert!(Fresh::new(&skb, Head::Dram(size), 0, 901).is_err());
+        Ok(())
+    }
+
+    #[test]
+    fn a_body_that_is_not_used_gives_everything_back() -> Result {
+        let all = bytes::<100>();
+        let mut packet = Packet::new(&all, 100)?;
+        let payload = Page::alloc_page(GFP_KERNEL)?;
+        let page = NonNull::new(payload.as_ptr()).ok_or(EINVAL)?;
+        let skb = packet.arriving();
+        let head = Head::Dram(64 + shinfo_size());
+        let mut fresh = Fresh::new(&skb, head, 0, 40).map_err(|_| ENOMEM)?;
+        // SAFETY: The reference becomes the skb's.
+        unsafe {
+            ext::pmskb_page_get(page.as_ptr());
+            fresh.add(page, 0, 60);
+        }
+        drop(fresh);
+        // SAFETY: The page is there.
+        assert_eq!(unsafe { ext::pmskb_page_ref_count(page.as_ptr()) }, 1);
+        assert!(skb.front(100) == Some(&all[..]));
+        Ok(())
+    }
+}

@@ -188,3 +188,81 @@ impl Tokens {
 
 /// A part of a frame fits a [`Note`]'s offset and length.
 const _: () = assert!(PAGE <= u16::MAX as usize);
+
+#[kunit_tests(pmskb_token)]
+mod tests {
+    use super::*;
+
+    /// Frames are numbered by what they hold; none of them is given back here.
+    fn held(number: u32) -> Held {
+        Held {
+            frame: Frame(number),
+            note: Note::default(),
+        }
+    }
+
+    fn is(error: u32, result: Result<impl Sized>) -> bool {
+        result.err() == Some(errno(error))
+    }
+
+    #[test]
+    fn a_token_holds_what_it_was_given_for_until_it_is_taken() -> Result {
+        let mut tokens = Tokens::new();
+        assert!(is(bindings::ESTALE, tokens.get(0)));
+        assert!(is(bindings::ESTALE, tokens.get(1)));
+        // Past several tables' ends.
+        for n in 0..1000 {
+            assert_eq!(tokens.add(held(n))?, n + 1);
+            assert_eq!(tokens.count(), n as usize + 1);
+        }
+        for n in 0..1000 {
+            assert_eq!(tokens.get(n + 1)?.frame.0, n);
+        }
+        for n in (0..1000).step_by(3) {
+            assert_eq!(tokens.take(n + 1)?.frame.0, n);
+            assert!(is(bindings::ESTALE, tokens.take(n + 1)));
+            assert!(is(bindings::ESTALE, tokens.get(n + 1)));
+        }
+        assert_eq!(tokens.count(), 666);
+        for n in 0..1000 {
+            assert_eq!(tokens.get(n + 1).is_ok(), n % 3 != 0);
+        }
+        // Never handed out, though its slot is in use.
+        for other in [0, 1001, 2 + 65_536, 2 + 2048, u32::MAX] {
+            assert!(is(bindings::ESTALE, tokens.get(other)));
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn one_that_is_kept_is_no_obstacle_when_the_numbers_come_around() -> Result {
+        let mut tokens = Tokens::new();
+        let kept = tokens.add(held(77))?;
+        tokens.next = u32::MAX - 5;
+        let mut last = 0;
+        for n in 0..1000 {
+            let token = tokens.add(held(n))?;
+            assert!(token != kept && token != last);
+            assert_eq!(tokens.take(token)?.frame.0, n);
+            last = token;
+        }
+        assert_eq!(tokens.get(kept)?.frame.0, 77);
+        assert_eq!(tokens.count(), 1);
+        Ok(())
+    }
+
+    #[test]
+    fn there_are_no_more_than_may_be() -> Result {
+        let mut tokens = Tokens::new();
+        for n in 0..MAX as u32 {
+            tokens.add(held(n))?;
+        }
+        assert!(is(bindings::ENOBUFS, tokens.add(held(0))));
+        assert_eq!(tokens.count(), MAX);
+        assert_eq!(tokens.take(4711)?.frame.0, 4710);
+        let token = tokens.add(held(5))?;
+        assert_eq!(tokens.get(token)?.frame.0, 5);
+        assert!(is(bindings::ENOBUFS, tokens.add(held(0))));
+        Ok(())
+    }
+}
