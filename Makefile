@@ -52,7 +52,7 @@ torture:
 	@$(LAB) build
 	@tools/demo/torture --cuts $(CUTS) --seed $(SEED)
 
-test lint fuzz:
+test test-debug lint fuzz:
 	@$(LAB) $@
 
 crash:
@@ -73,6 +73,8 @@ help:
 	@echo '  make bite        the demo with one write-back or fence taken out: it must fail'
 	@echo '  make torture     power cuts at moments that SEED=s (1) chooses, CUTS=n of them (200)'
 	@echo '  make test        every check; ends with "N passed, N failed"'
+	@echo '  make test-debug  the self-tests on a kernel with KASAN, lockdep, kmemleak and failing'
+	@echo '                   allocations, which is built first (once)'
 	@echo '  make lint        rustfmt, clippy, checkpatch, shellcheck'
 	@echo '  make bench-core  what the core costs, beside LMDB and RocksDB (5 minutes; QUICK=1: 10 s)'
 	@echo '  make crash       every crash state of every short history of the store; an hour'
@@ -92,7 +94,7 @@ help:
 	@echo
 	@echo 'More: README.md, tools/lab/README.md'
 
-.PHONY: all root kernel module tools selftests docs rootfs vm demo bite torture test lint crash fuzz bench-core clean distclean help
+.PHONY: all root kernel module tools selftests docs rootfs vm demo bite torture test test-debug lint crash fuzz bench-core clean distclean help
 endif
 
 endif
