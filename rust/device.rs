@@ -99,6 +99,11 @@ pub(crate) fn init() {
     unsafe { NODES.init() };
 }
 
+/// To be called once, when the module goes: a static is never dropped.
+pub(crate) fn exit() {
+    *NODES.lock() = KVec::new();
+}
+
 /// Makes the device of a store. Process context.
 pub(crate) fn publish(store: &Arc<Store>) -> Result {
     // Room first: a device that is there can be opened, and must not go by an error. Only one

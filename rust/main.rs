@@ -70,6 +70,18 @@ struct Pmskb {
     ulp: ulp::Registered,
     #[pin]
     control: control::Control,
+    /// Goes last: the others use them.
+    lists: Lists,
+}
+
+/// The memory of the lists in statics.
+struct Lists;
+
+impl Drop for Lists {
+    fn drop(&mut self) {
+        device::exit();
+        store::exit();
+    }
 }
 
 module! {
@@ -87,6 +99,7 @@ impl kernel::InPlaceModule for Pmskb {
         try_pin_init!(Self {
             ulp: ulp::Registered::new()?,
             control <- control::Control::new(),
+            lists: Lists,
             // Last: it cannot be undone if the module fails to load after it.
             _: { control::attach_param() },
         }? Error)

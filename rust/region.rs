@@ -131,6 +131,11 @@ pub(crate) fn init() {
     unsafe { HOLDERS.init() };
 }
 
+/// To be called once, when the module goes: a static is never dropped.
+pub(crate) fn exit() {
+    *HOLDERS.lock() = KVec::new();
+}
+
 /// Calls of a DAX device to its holder.
 static HOLDER_OPS: ext::dax_holder_operations = ext::dax_holder_operations {
     notify_failure: Some(notify_failure),

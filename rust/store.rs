@@ -86,6 +86,12 @@ pub(crate) fn init() {
     unsafe { STORES.init() };
 }
 
+/// To be called once, when the module goes: a static is never dropped.
+pub(crate) fn exit() {
+    *STORES.lock() = KVec::new();
+    crate::region::exit();
+}
+
 /// What `struct pmskb_counters` has, of a socket or a store. Any context.
 #[derive(Default)]
 #[allow(missing_docs)]
