@@ -885,6 +885,23 @@ mod tests {
     }
 
     #[test]
+    fn what_was_found_must_stay() {
+        let ledger = "? 1 put g/0 1-40\n? 1 put g/1 1-40\n! 1\n? 2 del k\n";
+        let both = [("g/0", "1-40"), ("g/1", "1-40")];
+        let settled = tally(ledger, &both).settled;
+        let t = tally(&settled, &both);
+        assert_eq!((t.found, t.gone), (2, 1));
+        assert_eq!(tally(&settled, &[("k", "3-1")]).undead, ["k"]);
+        assert_eq!(tally(&settled, &[]).missing, ["g/0", "g/1"]);
+        // A deletion of the array that was never acknowledged is all or nothing, too.
+        let more = settled + "? 3 del g/0\n? 3 del g/1\n";
+        for (store, shown) in [(&both[..], 1), (&both[..1], 2), (&[], 1)] {
+            let t = tally(&more, store);
+            assert_eq!((t.missing.len(), t.groups["g"].len()), (0, shown));
+        }
+    }
+
+    #[test]
     fn a_group_shows_one_change() {
         let mut ledger = String::new();
         for (id, version) in [("1", "1-40"), ("2", "2-40")] {
