@@ -141,6 +141,23 @@ pub(super) fn prefix_of<P: Pmem>(pm: &P, kind: Kind, loc: u64, skip: usize) -> R
     }
 }
 
+/// Looks at a key of a node: as all of them begin with the same bytes, any will do that
+/// can be read.
+pub(super) fn any_key<P: Pmem, T>(
+    pm: &P,
+    node: u64,
+    head: &Head,
+    look: impl Fn(&KeySrc<'_>) -> Result<T>,
+) -> Result<T> {
+    for index in head.low()..head.count {
+        match key_of(pm, head.loc(pm, node, index)?).and_then(|key| look(&key)) {
+            Err(Error::Io) => (),
+            seen => return seen,
+        }
+    }
+    Err(Error::Io)
+}
+
 /// Where a key is, or would be, in a node.
 pub(super) struct Place {
     /// Index of the first entry that is not below the key.
@@ -165,16 +182,8 @@ pub(super) fn search<P: Pmem>(
         });
     }
     if head.skip > 0 {
-        // All keys begin with the same bytes, so any will do that can be read.
-        let mut order = Err(Error::Io);
-        for index in low..high {
-            order = key_of(pm, head.loc(pm, node, index)?)
-                .and_then(|one| Ok(key.compare(pm, &one, head.skip)?.0));
-            if order != Err(Error::Io) {
-                break;
-            }
-        }
-        let at = match order? {
+        let order = any_key(pm, node, head, |one| Ok(key.compare(pm, one, head.skip)?.0))?;
+        let at = match order {
             Ordering::Less => Some(low),
             Ordering::Greater => Some(high),
             Ordering::Equal => None,
@@ -184,13 +193,32 @@ pub(super) fn search<P: Pmem>(
         }
     }
     let prefix = key.prefix(pm, head.skip)?;
-    while low < high {
-        let mid = low + (high - low) / 2;
-        let mut order = head.prefix(pm, node, mid)?.cmp(&prefix);
-        if order == Ordering::Equal && kind == Kind::Keys {
-            let other = key_of(pm, head.loc(pm, node, mid)?)?;
-            order = other.compare(pm, key, usize::MAX)?.0;
+    let order_at = |index| {
+        let order = head.prefix(pm, node, index)?.cmp(&prefix);
+        if order != Ordering::Equal || kind != Kind::Keys {
+            return Ok(order);
         }
+        let other = key_of(pm, head.loc(pm, node, index)?)?;
+        Ok(other.compare(pm, key, usize::MAX)?.0)
+    };
+    while low < high {
+        let mut mid = low + (high - low) / 2;
+        let mut order = order_at(mid);
+        if order == Err(Error::Io) {
+            // Another one may tell as much: all but those between which the key lies.
+            for other in (low..mid).rev().chain(mid + 1..high) {
+                match order_at(other) {
+                    Ok(Ordering::Less) if other < mid => (),
+                    Ok(Ordering::Greater) if other > mid => break,
+                    Err(Error::Io) => (),
+                    told => {
+                        (mid, order) = (other, told);
+                        break;
+                    }
+                }
+            }
+        }
+        let order = order?;
         match order {
             Ordering::Less => low = mid + 1,
             Ordering::Greater => high = mid,

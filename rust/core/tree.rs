@@ -8,7 +8,7 @@
 //! A node that becomes empty is unlinked and freed; half-empty ones stay.
 
 use super::frame::Frames;
-use super::node::{prefix_of, search, Entry, Head, Kind, Pool, INNER_MAX, LEAF_MAX};
+use super::node::{any_key, prefix_of, search, Entry, Head, Kind, Pool, INNER_MAX, LEAF_MAX};
 use super::record::{key_of, KeySrc};
 use super::{Error, IndexEntry, Pmem, Result};
 
@@ -129,24 +129,59 @@ impl Tree {
         if differ >> 32 != 0 {
             return Ok(());
         }
-        let first = key_of(pm, head.loc(pm, node, first)?)?;
-        let last = key_of(pm, head.loc(pm, node, last)?)?;
-        let best = first.compare(pm, &last, first.len())?.1;
-        if best > head.skip {
-            head.skip = best;
-            self.rewrite(pm, node, head)?;
+        let (first, last) = (head.loc(pm, node, first)?, head.loc(pm, node, last)?);
+        let common = key_of(pm, first)
+            .and_then(|first| Ok(first.compare(pm, &key_of(pm, last)?, first.len())?.1));
+        let best = match common {
+            // One that cannot be read tells nothing.
+            Err(Error::Io) => return Ok(()),
+            best => best?,
+        };
+        if best <= head.skip {
+            return Ok(());
         }
+        for index in head.low()..head.count {
+            if prefix_of(pm, self.kind, head.loc(pm, node, index)?, best) == Err(Error::Io) {
+                return Ok(());
+            }
+        }
+        self.skip(pm, node, head, best)
+    }
+
+    /// Makes a node skip so many bytes.
+    fn skip<P: Pmem>(&self, pm: &P, node: u64, head: &mut Head, skip: usize) -> Result<()> {
+        for index in head.low()..head.count {
+            let mut entry = head.entry(pm, node, index)?;
+            entry.prefix = self.prefix_at(pm, node, head, index, skip)?;
+            head.set(pm, node, index, entry)?;
+        }
+        head.skip = skip;
         Ok(())
     }
 
-    /// Gives all prefixes of a node the skip that `head` has.
-    fn rewrite<P: Pmem>(&self, pm: &P, node: u64, head: &Head) -> Result<()> {
-        for index in head.low()..head.count {
-            let mut entry = head.entry(pm, node, index)?;
-            entry.prefix = prefix_of(pm, self.kind, entry.loc, head.skip)?;
-            head.set(pm, node, index, entry)?;
+    /// An entry's prefix if so many bytes are skipped. If these are fewer than the node
+    /// skips, its record need not be read, and perhaps cannot be.
+    fn prefix_at<P: Pmem>(
+        &self,
+        pm: &P,
+        node: u64,
+        head: &Head,
+        index: usize,
+        skip: usize,
+    ) -> Result<u64> {
+        let prefix = head.prefix(pm, node, index)?;
+        if self.kind == Kind::Log || skip == head.skip {
+            return Ok(prefix);
         }
-        Ok(())
+        let Some(more) = head.skip.checked_sub(skip) else {
+            return prefix_of(pm, self.kind, head.loc(pm, node, index)?, skip);
+        };
+        let common = any_key(pm, node, head, |key| key.prefix(pm, skip))?;
+        if more >= 8 {
+            return Ok(common);
+        }
+        let own = !0 >> (8 * more);
+        Ok((common & !own) | (prefix >> (8 * more)))
     }
 
     /// Puts an entry into a node that has room.
@@ -156,7 +191,7 @@ impl Tree {
         pool: &mut Pool,
         node: u64,
         at: usize,
-        loc: u64,
+        (key, loc): (&KeySrc<'_>, u64),
         child: u64,
     ) -> Result<()> {
         let mut head = Head::read(pm, node)?;
@@ -167,19 +202,19 @@ impl Tree {
         if head.count <= head.low() {
             fewer = 0;
         } else if head.skip > 0 {
-            let first = key_of(pm, head.loc(pm, node, head.low())?)?;
-            fewer = key_of(pm, loc)?.compare(pm, &first, head.skip)?.1;
+            fewer = any_key(pm, node, &head, |one| {
+                Ok(key.compare(pm, one, head.skip)?.1)
+            })?;
         }
+        let prefix = key.prefix(pm, fewer)?;
         pool.begin(pm, node)?;
         if fewer < head.skip {
-            head.skip = fewer;
-            self.rewrite(pm, node, &head)?;
+            self.skip(pm, node, &mut head, fewer)?;
         }
         for index in (at..head.count).rev() {
             let entry = head.entry(pm, node, index)?;
             head.set(pm, node, index + 1, entry)?;
         }
-        let prefix = prefix_of(pm, self.kind, loc, head.skip)?;
         head.set(pm, node, at, Entry { prefix, loc, child })?;
         head.count += 1;
         // Now and then, see whether the keys have more in common by now.
@@ -188,6 +223,18 @@ impl Tree {
         }
         head.write(pm, node)?;
         pool.end(pm, node)
+    }
+
+    /// Where to split a node: there, or at the next entry whose key can be read, as it
+    /// becomes a separator.
+    fn readable<P: Pmem>(&self, pm: &P, node: u64, head: &Head, mid: usize) -> Result<usize> {
+        for at in (1..=mid).rev().chain(mid + 1..head.count) {
+            let loc = head.loc(pm, node, at)?;
+            if self.kind == Kind::Log || key_of(pm, loc).and_then(|key| key.hash(pm)).is_ok() {
+                return Ok(at);
+            }
+        }
+        Err(Error::Io)
     }
 
     /// Splits the node at `depth` of the path; its parent has room.
@@ -206,6 +253,7 @@ impl Tree {
         // What comes in order fills nodes; what does not, halves them.
         let last = index + usize::from(head.level != 0) >= head.count;
         let mid = if last { head.count - 1 } else { head.count / 2 };
+        let mid = self.readable(pm, node, &head, mid)?;
         let right = pool.alloc(pm)?;
         let mut right_head = Head {
             count: head.count - mid,
@@ -213,6 +261,11 @@ impl Tree {
             skip: head.skip,
         };
         let separator = head.loc(pm, node, mid)?;
+        let base = head.prefix(pm, node, mid)?.to_be_bytes();
+        let key = match self.kind {
+            Kind::Keys => key_of(pm, separator)?,
+            Kind::Log => KeySrc::Bytes(&base),
+        };
         pool.begin(pm, right)?;
         for from in mid..head.count {
             let mut entry = head.entry(pm, node, from)?;
@@ -227,7 +280,7 @@ impl Tree {
 
         if let Some(above) = depth.checked_sub(1) {
             let (parent, at) = self.step(way, above)?;
-            self.insert_entry(pm, pool, parent, at + 1, separator, right)?;
+            self.insert_entry(pm, pool, parent, at + 1, (&key, separator), right)?;
         } else {
             let root = pool.alloc(pm)?;
             let root_head = Head {
@@ -243,7 +296,7 @@ impl Tree {
             };
             root_head.set(pm, root, 0, entry)?;
             let entry = Entry {
-                prefix: prefix_of(pm, self.kind, separator, 0)?,
+                prefix: key.prefix(pm, 0)?,
                 loc: separator,
                 child: right,
             };
@@ -278,7 +331,7 @@ impl Tree {
                 skip: 0,
             };
             head.write(pm, root)?;
-            self.insert_entry(pm, pool, root, 0, loc, 0)?;
+            self.insert_entry(pm, pool, root, 0, (key, loc), 0)?;
             (self.root, self.height) = (root, 1);
             self.publish(pm)?;
             return Ok(None);
@@ -308,7 +361,7 @@ impl Tree {
             match full {
                 Some(depth) => self.split(pm, pool, &way, depth)?,
                 None => {
-                    self.insert_entry(pm, pool, node, at, loc, 0)?;
+                    self.insert_entry(pm, pool, node, at, (key, loc), 0)?;
                     return Ok(None);
                 }
             }
@@ -463,31 +516,35 @@ impl Tree {
         pool.end(pm, node)
     }
 
-    /// Another key takes over as separator.
+    /// Another key takes over as separator: that of entry 1 of a node below.
     fn set_separator<P: Pmem>(
         &self,
         pm: &P,
         pool: &mut Pool,
-        node: u64,
-        at: usize,
-        loc: u64,
+        (node, at): (u64, usize),
+        (below, below_head): (u64, &Head),
     ) -> Result<()> {
         let mut head = Head::read(pm, node)?;
+        let loc = below_head.loc(pm, below, 1)?;
         let mut skip = 0;
         if head.skip > 0 && head.count > 2 {
-            let other = if at == 1 { 2 } else { 1 };
-            let other = key_of(pm, head.loc(pm, node, other)?)?;
-            skip = key_of(pm, loc)?.compare(pm, &other, head.skip)?.1;
+            let other = head.loc(pm, node, if at == 1 { 2 } else { 1 })?;
+            let common = key_of(pm, loc)
+                .and_then(|key| Ok(key.compare(pm, &key_of(pm, other)?, head.skip)?.1));
+            skip = match common {
+                // What the index knows of it will do.
+                Err(Error::Io) => 0,
+                common => common?,
+            };
+        }
+        let prefix = self.prefix_at(pm, below, below_head, 1, skip)?;
+        pool.begin(pm, node)?;
+        if skip != head.skip {
+            self.skip(pm, node, &mut head, skip)?;
         }
         let mut entry = head.entry(pm, node, at)?;
-        pool.begin(pm, node)?;
-        entry.loc = loc;
-        entry.prefix = prefix_of(pm, self.kind, loc, skip)?;
+        (entry.loc, entry.prefix) = (loc, prefix);
         head.set(pm, node, at, entry)?;
-        if skip != head.skip {
-            head.skip = skip;
-            self.rewrite(pm, node, &head)?;
-        }
         head.write(pm, node)?;
         pool.end(pm, node)
     }
@@ -546,9 +603,8 @@ impl Tree {
             // The record was the smallest below here: its successor takes over
             // as separator, wherever it served as one.
             if let Some(depth) = way.separator {
-                let next = head.loc(pm, node, 1)?;
-                let (above, index) = self.step(&way, depth)?;
-                self.set_separator(pm, pool, above, index, next)?;
+                let above = self.step(&way, depth)?;
+                self.set_separator(pm, pool, above, (node, &head))?;
             }
         }
         self.remove_entry(pm, pool, node, at)?;

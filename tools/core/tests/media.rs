@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Media errors while a store is attached: they take records with them, and not the store.
+
+mod common;
+use common::params;
+use pmskb_core::host::{list, HostFrames, Memory};
+use pmskb_core::*;
+use std::cell::RefCell;
+use std::collections::BTreeSet;
+
+/// Memory in which the lines that are named cannot be touched any more.
+struct Bad {
+    pm: Memory,
+    lines: RefCell<BTreeSet<u64>>,
+}
+
+impl Bad {
+    fn check(&self, off: u64, len: u64) -> Result<()> {
+        let lines = off / 64..(off + len).div_ceil(64);
+        match self.lines.borrow().range(lines).next() {
+            Some(_) => Err(Error::Io),
+            None => Ok(()),
+        }
+    }
+
+    /// As the module does it when it hears of an error: the whole page.
+    fn lose_frame(&self, off: u64) {
+        let first = off / 4096 * 64;
+        self.lines.borrow_mut().extend(first..first + 64);
+    }
+}
+
+impl Pmem for Bad {
+    fn len(&self) -> u64 {
+        self.pm.len()
+    }
+    fn read(&self, off: u64, to: &mut [u8]) -> Result<()> {
+        self.check(off, to.len() as u64)?;
+        self.pm.read(off, to)
+    }
+    fn load(&self, off: u64) -> Result<u64> {
+        self.check(off, 8)?;
+        self.pm.load(off)
+    }
+    fn write(&self, off: u64, from: &[u8]) -> Result<()> {
+        self.check(off, from.len() as u64)?;
+        self.pm.write(off, from)
+    }
+    fn store(&self, off: u64, value: u64) -> Result<()> {
+        self.check(off, 8)?;
+        self.pm.store(off, value)
+    }
+    fn flush(&self, off: u64, len: u64) -> Result<()> {
+        self.check(off, len)?;
+        self.pm.flush(off, len)
+    }
+    fn fence(&self) {
+        self.pm.fence();
+    }
+    fn crc32c(&self, crc: u32, data: &[u8]) -> u32 {
+        self.pm.crc32c(crc, data)
+    }
+}
+
+type BadStore = Store<Bad, HostFrames, Vec<u64>>;
+
+fn open() -> BadStore {
+    let pm = Memory::new(32 << 20);
+    format(&pm, &params()).unwrap();
+    let pm = Bad {
+        pm,
+        lines: RefCell::default(),
+    };
+    let geo = probe(&pm).unwrap().superblock.geometry;
+    let frames = HostFrames::new(&geo).unwrap();
+    let work = vec![0; BadStore::WORK_WORDS];
+    let (store, _) = Store::recover(pm, frames, work, list, RecoverOptions::default()).unwrap();
+    store
+}
+
+/// Stages an object without bytes.
+fn put(store: &mut BadStore, key: &str) -> Result<PutOutcome> {
+    store.put(&PutArgs {
+        key: if key.is_empty() {
+            Key::None
+        } else {
+            Key::Bytes(key.as_bytes())
+        },
+        extents: &[],
+        meta: Meta::default(),
+        mode: PutMode::Upsert,
+        if_seq: None,
+    })
+}
+
+fn put_now(store: &mut BadStore, key: &str) -> Result<PutOutcome> {
+    let put = put(store, key)?;
+    store.commit().map(|()| put)
+}
+
+fn frame_of(put: &PutOutcome) -> u64 {
+    put.loc.0 / 4096 * 4096
+}
+
+fn lose(store: &BadStore, off: u64) {
+    store.pm().lose_frame(off);
+    store
+        .frames()
+        .0
+        .borrow_mut()
+        .mark_bad(Frame((off / 4096) as u32))
+        .unwrap();
+}
+
+/// A record frame goes bad. Keys are put beside its own, which fills and splits the nodes, and
+/// taken out again: no commit fails for it.
+#[test]
+fn keys_can_be_put_beside_one_that_cannot_be_read() {
+    for victim in [0, 1, 40, 150, 399] {
+        let mut store = open();
+        // Hexadecimal, in an order that scatters the neighbours over many frames.
+        let name = |nr: u32| format!("a-common-beginning/{:08x}", nr.wrapping_mul(0x9e37_79b1));
+        let mut puts = Vec::new();
+        for nr in 0..400 {
+            puts.push(put_now(&mut store, &name(nr)).unwrap());
+        }
+        let lost = frame_of(&puts[victim]);
+        lose(&store, lost);
+        // Others begin with other bytes.
+        let other = (0..100).flat_map(|nr| [format!("a-common/{nr}"), format!("b{nr}")]);
+        for key in (400..4000).map(name).chain(other) {
+            match put(&mut store, &key) {
+                // It lies beside one that looks the same.
+                Err(Error::Io) => continue,
+                done => done.unwrap(),
+            };
+            let done = store.commit();
+            done.unwrap_or_else(|error| panic!("victim {victim}, {key}: {error:?}"));
+        }
+        let mut failed = 0;
+        for (nr, put) in (0..).zip(&puts) {
+            let found = store.lookup(name(nr).as_bytes());
+            if frame_of(put) != lost {
+                // Or on the way there a separator looks the same.
+                failed += u32::from(found == Err(Error::Io));
+                assert!(
+                    matches!(found, Err(Error::Io) | Ok(Some(_))),
+                    "victim {victim}, {nr}"
+                );
+            }
+        }
+        assert!(failed < 10, "victim {victim}: {failed}");
+        for nr in 0..400 {
+            if frame_of(&puts[nr as usize]) != lost {
+                match store.delete(name(nr).as_bytes(), None) {
+                    Err(Error::Io) => continue,
+                    done => done.unwrap(),
+                };
+                let done = store.commit();
+                done.unwrap_or_else(|error| panic!("victim {victim}, -{nr}: {error:?}"));
+            }
+        }
+    }
+}
+
+/// Whenever the record frame that is filled goes bad, the next put goes to another one.
+#[test]
+fn the_log_goes_on_after_any_frame_that_cannot_be_read() {
+    // So that each of a leaf's 60 entries is it once.
+    for nr in 1..130 {
+        let mut store = open();
+        let mut last = put_now(&mut store, "").unwrap();
+        for _ in 0..nr {
+            let frame = frame_of(&last);
+            while frame_of(&last) == frame {
+                last = put_now(&mut store, "").unwrap();
+            }
+        }
+        lose(&store, frame_of(&last));
+        let next = put_now(&mut store, "").unwrap_or_else(|error| panic!("frame {nr}: {error:?}"));
+        assert_eq!(
+            store
+                .log_from(next.seq)
+                .map(|found| found.map(|found| found.seq)),
+            Ok(Some(next.seq))
+        );
+    }
+}
