@@ -674,14 +674,22 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         if flush {
             self.flush_payload(draft)?;
         }
-        match self.append(draft, first_list) {
-            Err(Error::Io) => {
-                // The frame has gone bad, and what is in it stays. Now in another one.
-                self.open = None;
-                self.append(draft, first_list)
-            }
-            other => other,
+        let done = self.append(draft, first_list);
+        if done != Err(Error::Io) {
+            return done;
         }
+        // It may as well be a list, or the index.
+        let bad = |open: &Open| self.pm.load(open.header.off) == Err(Error::Io);
+        let Some(open) = self.open.filter(bad) else {
+            return done;
+        };
+        // The frame has gone bad, and what is in it stays. Now in another one.
+        self.open = None;
+        if open.header.base_seq == self.next_seq {
+            // The log has that number already.
+            self.next_seq += 1;
+        }
+        self.append(draft, first_list)
     }
 
     /// Appends a record to the frame that is open.

@@ -6,13 +6,15 @@ mod common;
 use common::params;
 use pmskb_core::host::{list, HostFrames, Memory};
 use pmskb_core::*;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 
 /// Memory in which the lines that are named cannot be touched any more.
 struct Bad {
     pm: Memory,
     lines: RefCell<BTreeSet<u64>>,
+    /// The frame of the next record that is the first in its frame goes bad before it is there.
+    trap: Cell<bool>,
 }
 
 impl Bad {
@@ -44,6 +46,9 @@ impl Pmem for Bad {
         self.pm.load(off)
     }
     fn write(&self, off: u64, from: &[u8]) -> Result<()> {
+        if off % 4096 == 64 && self.trap.take() {
+            self.lose_frame(off);
+        }
         self.check(off, from.len() as u64)?;
         self.pm.write(off, from)
     }
@@ -71,6 +76,7 @@ fn open() -> BadStore {
     let pm = Bad {
         pm,
         lines: RefCell::default(),
+        trap: Cell::new(false),
     };
     let geo = probe(&pm).unwrap().superblock.geometry;
     let frames = HostFrames::new(&geo).unwrap();
@@ -186,4 +192,19 @@ fn the_log_goes_on_after_any_frame_that_cannot_be_read() {
             Ok(Some(next.seq))
         );
     }
+}
+
+/// A record frame goes bad after it was begun, and before a record is in it.
+#[test]
+fn a_record_frame_that_goes_bad_when_it_is_new_is_left() {
+    let mut store = open();
+    store.pm().trap.set(true);
+    let first = put_now(&mut store, "a").unwrap();
+    assert!(!store.pm().trap.get());
+    let second = put_now(&mut store, "b").unwrap();
+    assert_eq!(frame_of(&first), frame_of(&second));
+    assert_eq!(
+        store.log_from(first.seq).unwrap().map(|found| found.seq),
+        Some(first.seq)
+    );
 }
