@@ -99,13 +99,23 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
     pub(super) fn close_empty(&mut self) -> Result<usize> {
         for index in 0..self.empty {
             let off = self.empty_at(index);
-            if self.pm.load(off)? != 0 {
-                self.pm.store(off, 0)?;
-                self.flush(off, 8)?;
+            match self.clear_header(off) {
+                // One that has gone bad is not given out again, and its records are dead:
+                // that it loses its bit is enough.
+                Err(Error::Io) => (),
+                done => done?,
             }
             self.set_map(Frame::of(off).ok_or(Error::Damaged)?, false)?;
         }
         Ok(self.empty)
+    }
+
+    fn clear_header(&mut self, off: u64) -> Result<()> {
+        if self.pm.load(off)? == 0 {
+            return Ok(());
+        }
+        self.pm.store(off, 0)?;
+        self.flush(off, 8)
     }
 
     /// Gives the first `count` empty frames back.

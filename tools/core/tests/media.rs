@@ -208,3 +208,24 @@ fn a_record_frame_that_goes_bad_when_it_is_new_is_left() {
         Some(first.seq)
     );
 }
+
+/// A record frame goes bad while it is empty and waits for the next commit to be given back.
+#[test]
+fn an_empty_record_frame_that_goes_bad_holds_nothing_up() {
+    let mut store = open();
+    let first = put_now(&mut store, "first").unwrap();
+    let mut last = first;
+    while frame_of(&last) == frame_of(&first) {
+        last = put_now(&mut store, "first").unwrap();
+    }
+    while store.stats().empty_frames == 0 {
+        last = put_now(&mut store, "first").unwrap();
+    }
+    lose(&store, frame_of(&first));
+    for _ in 0..10 {
+        last = put_now(&mut store, "first").unwrap();
+    }
+    assert_eq!(store.lookup(b"first"), Ok(Some(last.loc)));
+    let stats = store.stats();
+    assert_eq!((stats.record_frames, stats.empty_frames), (1, 0));
+}
