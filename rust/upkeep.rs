@@ -9,7 +9,7 @@
 
 use crate::{
     bindings as ext, host,
-    pm::{self, Verdict, FRAME_SIZE, LINE_SIZE},
+    pm::{self, Passed, Verdict, FRAME_SIZE, LINE_SIZE},
     store::{Core, Store},
 };
 use kernel::{
@@ -186,22 +186,18 @@ impl Store {
                 let mut core = self.core()?;
                 let core: &mut Core = core.get()?;
                 match core.log_from(from) {
+                    Ok(Some(record)) => Ok(Passed::Record(record)),
+                    Ok(None) => Ok(Passed::Nothing { next: None }),
                     // What cannot be read is reported, and passed over.
-                    Err(pm::Error::Io) => core.log_pass(from).map(Err),
-                    other => other.map(Ok),
+                    Err(pm::Error::Io) => core.log_pass(from),
+                    Err(error) => Err(error),
                 }
             };
             let record = match found.map_err(crate::errno)? {
-                Ok(Some(record)) => record,
-                Ok(None) => {
-                    args.done = 1;
-                    break;
-                }
-                Err((lost, next)) => {
-                    if let Some(seq) = lost {
-                        if bad.len() >= room {
-                            break;
-                        }
+                Passed::Record(record) => record,
+                Passed::Lost { .. } if bad.len() >= room => break,
+                passed @ (Passed::Lost { next, .. } | Passed::Nothing { next }) => {
+                    if let Passed::Lost { seq, .. } = passed {
                         push_bad(bad, seq, kernel::bindings::EIO)?;
                     }
                     let Some(next) = next else {

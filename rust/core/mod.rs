@@ -76,7 +76,7 @@ pub use self::{
         Addrs, CsumKind, Extents, Flow, Key, Locator, Meta, PutMode, Record, TimeSource, Verdict,
     },
     recover::{IndexEntry, RecoverOptions, Report},
-    store::{PutArgs, PutOutcome, Stats, Store},
+    store::{Passed, PutArgs, PutOutcome, Stats, Store},
     superblock::{
         format, looks_blank, probe, FormatParams, Geometry, HeadArea, Probe, Superblock,
         FORMAT_VERSION, MAX_REGION, MIN_REGION,

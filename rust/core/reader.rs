@@ -177,7 +177,7 @@ fn log_frame<P: Pmem>(
 
 /// Whether a record is its key's, and not one that is replaced but not yet
 /// killed; or, without a key, not truncated.
-fn current<P: Pmem>(view: &View<'_, P>, record: &Record) -> Result<bool> {
+pub(super) fn current<P: Pmem>(view: &View<'_, P>, record: &Record) -> Result<bool> {
     let pm = view.pm;
     if !record.keyed() {
         if broken!("reader_truncated") {

@@ -29,7 +29,7 @@ use super::batch::{self, Batch};
 use super::frame::{hold_all, unhold_all, Need};
 use super::node::{Kind, Pool};
 use super::pmem::lines_of;
-use super::reader::{log_next, view, Direction, View};
+use super::reader::{current, log_next, view, Direction, View};
 use super::record::{
     is_put, key_by, key_of, kill_word, kill_word_by, parse, read_staged, write, write_lists, Draft,
     FrameHeader, Key, KeySrc, Line, Locator, Meta, PutMode, Record, LINES,
@@ -63,6 +63,26 @@ pub struct PutOutcome {
     pub loc: Locator,
     /// The key had a record, which this one replaces.
     pub replaced: bool,
+}
+
+/// What [`Store::log_pass`] found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Passed {
+    /// The next record that can be read; nothing before it is lost.
+    Record(Record),
+    /// A record may have been there that cannot be read, or more than one: the lowest
+    /// number, and where the log goes on, if it does.
+    Lost {
+        /// That number.
+        seq: u64,
+        /// Where to go on.
+        next: Option<u64>,
+    },
+    /// No more in this frame, and where the log goes on.
+    Nothing {
+        /// Where to go on.
+        next: Option<u64>,
+    },
 }
 
 /// Numbers about a store.
@@ -1131,22 +1151,20 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         )
     }
 
-    /// After [`Error::Io`] from [`log_from`](Self::log_from)`(seq)`: the sequence number that
-    /// cannot be read, if that is known, and where the log goes on. It is that of a
-    /// record, or, for a record frame that cannot be read, the lowest that was in it.
-    pub fn log_pass(&self, seq: u64) -> Result<(Option<u64>, Option<u64>)> {
+    /// After [`Error::Io`] from [`log_from`](Self::log_from)`(seq)`: what there is in spite of it.
+    pub fn log_pass(&self, seq: u64) -> Result<Passed> {
         let key = seq.to_be_bytes();
         let key = KeySrc::Bytes(&key);
         let goal = Goal::Below { inclusive: true };
-        let mut lost = None;
+        let mut hole = None;
         if let Some(found) = find(&self.pm, Kind::Log, live::LOG_ROOT, &key, goal)? {
             match FrameHeader::read(&self.pm, found.loc, &self.sb.uuid) {
                 Ok(header) => {
-                    if let Some(record) = self.next_in(&header, seq)? {
-                        return Ok((Some(record), Some(record.saturating_add(1))));
+                    if let Some(passed) = self.pass_in(&header, seq, &mut hole)? {
+                        return Ok(passed);
                     }
                 }
-                Err(Error::Io) => lost = Some(seq),
+                Err(Error::Io) => hole = Some(seq),
                 Err(error) => return Err(error),
             }
         }
@@ -1156,22 +1174,63 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
             Err(Error::Io) => Some(self.unreadable_from(above)?),
             Err(error) => return Err(error),
         };
-        Ok((lost, next))
+        let end = next.unwrap_or(self.stats.durable_seq.saturating_add(1));
+        Ok(match hole.filter(|hole| *hole < end) {
+            Some(seq) => Passed::Lost { seq, next },
+            None => Passed::Nothing { next },
+        })
     }
 
-    /// The lowest durable sequence number of a frame's records that is `seq` or more.
-    fn next_in(&self, header: &FrameHeader, seq: u64) -> Result<Option<u64>> {
-        let mut line = 1;
+    /// What there is in a frame with a number of `seq` or more; the number that is not there
+    /// at its end, if it may be in what cannot be read.
+    fn pass_in(
+        &self,
+        header: &FrameHeader,
+        seq: u64,
+        hole: &mut Option<u64>,
+    ) -> Result<Option<Passed>> {
+        let (mut line, mut least) = (1, seq);
         while line < LINES {
-            match parse(&self.pm, &self.geo, header, line) {
+            let (here, record) = match parse(&self.pm, &self.geo, header, line) {
                 Ok(Line::Put(record)) => {
-                    if (seq..=self.stats.durable_seq).contains(&record.seq) {
-                        return Ok(Some(record.seq));
-                    }
                     line += u64::from(record.lines);
+                    (record.seq, Some(record))
                 }
-                Ok(Line::Killed { lines, .. }) => line += lines,
-                Ok(_) | Err(Error::Io) => line += 1,
+                Ok(Line::Killed { lines, seq }) => {
+                    line += lines;
+                    (seq, None)
+                }
+                Ok(_) => {
+                    line += 1;
+                    continue;
+                }
+                Err(Error::Io) => {
+                    hole.get_or_insert(least);
+                    line += 1;
+                    continue;
+                }
+                Err(error) => return Err(error),
+            };
+            // Numbers rise: what could not be read has one before this.
+            let lost = hole.take().filter(|lost| *lost < here);
+            if here < seq {
+                continue;
+            }
+            if let Some(seq) = lost {
+                let next = Some(here);
+                return Ok(Some(Passed::Lost { seq, next }));
+            }
+            least = here.saturating_add(1);
+            let Some(record) = record.filter(|_| here <= self.stats.durable_seq) else {
+                continue;
+            };
+            match current(&self.view(), &record) {
+                Ok(true) => return Ok(Some(Passed::Record(record))),
+                Ok(false) => (),
+                Err(Error::Io) => {
+                    let next = Some(least);
+                    return Ok(Some(Passed::Lost { seq: here, next }));
+                }
                 Err(error) => return Err(error),
             }
         }

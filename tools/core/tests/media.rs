@@ -26,6 +26,11 @@ impl Bad {
         }
     }
 
+    /// As an attach finds it.
+    fn lose_line(&self, off: u64) {
+        self.lines.borrow_mut().insert(off / 64);
+    }
+
     /// As the module does it when it hears of an error: the whole page.
     fn lose_frame(&self, off: u64) {
         let first = off / 4096 * 64;
@@ -228,4 +233,96 @@ fn an_empty_record_frame_that_goes_bad_holds_nothing_up() {
     assert_eq!(store.lookup(b"first"), Ok(Some(last.loc)));
     let stats = store.stats();
     assert_eq!((stats.record_frames, stats.empty_frames), (1, 0));
+}
+
+/// Goes over the log as a scrub does: numbers of what can be read, and of what cannot.
+fn walk(store: &BadStore) -> (Vec<u64>, Vec<u64>) {
+    let (mut good, mut lost) = (Vec::new(), Vec::new());
+    let mut from = Some(0);
+    while let Some(at) = from {
+        let found = match store.log_from(at) {
+            Err(Error::Io) => store.log_pass(at).unwrap(),
+            found => match found.unwrap() {
+                Some(record) => Passed::Record(record),
+                None => Passed::Nothing { next: None },
+            },
+        };
+        from = match found {
+            Passed::Record(record) => {
+                good.push(record.seq);
+                Some(record.seq + 1)
+            }
+            Passed::Lost { seq, next } => {
+                lost.push(seq);
+                next
+            }
+            Passed::Nothing { next } => next,
+        };
+        assert!(from.is_none_or(|from| from > at));
+    }
+    (good, lost)
+}
+
+#[test]
+fn a_line_that_cannot_be_read_loses_its_record_only() {
+    // In the first frame, the second, and the last, at its beginning, inside, at its end.
+    for victims in [
+        &[0][..],
+        &[3],
+        &[62],
+        &[63],
+        &[100, 101],
+        &[125],
+        &[149],
+        &[5, 70, 140],
+    ] {
+        let mut store = open();
+        let puts: Vec<_> = (0..150).map(|_| put_now(&mut store, "").unwrap()).collect();
+        for victim in victims {
+            store.pm().lose_line(puts[*victim].loc.0);
+        }
+        let (good, lost) = walk(&store);
+        let (mut all, mut gone) = (Vec::new(), Vec::new());
+        for (nr, put) in puts.iter().enumerate() {
+            match victims.contains(&nr) {
+                // What is side by side counts as one.
+                true if nr > 0 && victims.contains(&(nr - 1)) => (),
+                true => gone.push(put.seq),
+                false => all.push(put.seq),
+            }
+        }
+        assert_eq!((good, lost), (all, gone), "{victims:?}");
+    }
+}
+
+/// One that is replaced, or gone, is not lost.
+#[test]
+fn what_cannot_be_read_is_not_what_was_replaced() {
+    let mut store = open();
+    let old = put_now(&mut store, "key").unwrap();
+    let lost = put_now(&mut store, "").unwrap();
+    let deleted = put_now(&mut store, "gone").unwrap();
+    store.delete(b"gone", None).unwrap();
+    store.commit().unwrap();
+    let last = put_now(&mut store, "key").unwrap();
+    store.pm().lose_line(lost.loc.0);
+    assert!(old.seq < lost.seq && lost.seq < deleted.seq);
+    assert_eq!(walk(&store), (vec![last.seq], vec![lost.seq]));
+}
+
+#[test]
+fn a_record_frame_that_cannot_be_read_is_passed_over() {
+    for victim in [0, 70, 149] {
+        let mut store = open();
+        let puts: Vec<_> = (0..150).map(|_| put_now(&mut store, "").unwrap()).collect();
+        let bad = frame_of(&puts[victim]);
+        lose(&store, bad);
+        let of = |gone| {
+            puts.iter()
+                .filter(move |put| (frame_of(put) == bad) == gone)
+        };
+        let good = of(false).map(|put| put.seq).collect();
+        let first = of(true).map(|put| put.seq).next().unwrap();
+        assert_eq!(walk(&store), (good, vec![first]));
+    }
 }
