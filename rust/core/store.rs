@@ -431,9 +431,7 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
             }
             other => other?,
         };
-        if let Some(index) = now.staged {
-            self.cancel(index)?;
-        }
+        self.supersede(&now)?;
         self.push_staged(Kept::Put, loc.0, word, &now);
         self.staged_keys += u64::from(draft.key.is_some());
         Ok(PutOutcome { seq, loc, replaced })
@@ -451,11 +449,12 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         if if_seq.is_some_and(|seq| seq != now.seq) {
             return Err(Error::Stale);
         }
-        if let Some(index) = now.staged {
-            self.cancel(index)?;
-        }
+        let word = match now.committed {
+            Some(loc) => kill_word(&self.pm, Locator(loc))?,
+            None => 0,
+        };
+        self.supersede(&now)?;
         if let Some(loc) = now.committed {
-            let word = kill_word(&self.pm, Locator(loc))?;
             self.push_staged(Kept::Delete, loc, word, &now);
         }
         Ok(now.seq)
@@ -592,6 +591,18 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
             self.release(&record)?;
         }
         Ok(())
+    }
+
+    /// Undoes what is staged for a key, as what follows takes its place.
+    fn supersede(&mut self, now: &Now) -> Result<()> {
+        let Some(index) = now.staged else {
+            return Ok(());
+        };
+        let done = self.cancel(index);
+        // Its caller was told that it is staged: if nothing takes its place, no commit may
+        // tell that it is durable.
+        self.failed |= done.is_err();
+        done
     }
 
     /// Nothing is staged any more.

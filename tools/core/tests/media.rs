@@ -15,10 +15,20 @@ struct Bad {
     lines: RefCell<BTreeSet<u64>>,
     /// The frame of the next record that is the first in its frame goes bad before it is there.
     trap: Cell<bool>,
+    /// After so many accesses the frame there goes bad.
+    soon: Cell<Option<(u64, u64)>>,
 }
 
 impl Bad {
     fn check(&self, off: u64, len: u64) -> Result<()> {
+        match self.soon.get() {
+            Some((0, frame)) => {
+                self.soon.set(None);
+                self.lose_frame(frame);
+            }
+            Some((left, frame)) => self.soon.set(Some((left - 1, frame))),
+            None => (),
+        }
         let lines = off / 64..(off + len).div_ceil(64);
         match self.lines.borrow().range(lines).next() {
             Some(_) => Err(Error::Io),
@@ -82,6 +92,7 @@ fn open() -> BadStore {
         pm,
         lines: RefCell::default(),
         trap: Cell::new(false),
+        soon: Cell::new(None),
     };
     let geo = probe(&pm).unwrap().superblock.geometry;
     let frames = HostFrames::new(&geo).unwrap();
@@ -324,5 +335,39 @@ fn a_record_frame_that_cannot_be_read_is_passed_over() {
         let good = of(false).map(|put| put.seq).collect();
         let first = of(true).map(|put| put.seq).next().unwrap();
         assert_eq!(walk(&store), (good, vec![first]));
+    }
+}
+
+/// At any access of an operation on a key that has one staged already, the frame of one of its
+/// records goes bad. The operation may fail, and the commit; but what both say is true.
+#[test]
+fn what_is_told_of_a_key_is_true_wherever_an_error_comes() {
+    for delete in [false, true] {
+        for first in [false, true] {
+            for accesses in 0.. {
+                let mut store = open();
+                let old = put_now(&mut store, "key").unwrap();
+                // To another frame.
+                while frame_of(&put_now(&mut store, "").unwrap()) == frame_of(&old) {}
+                let staged = put(&mut store, "key").unwrap();
+                let victim = frame_of(if first { &old } else { &staged });
+                store.pm().soon.set(Some((accesses, victim)));
+                let then = match delete {
+                    true => store.delete(b"key", None).map(|_| None),
+                    false => put(&mut store, "key").map(|put| Some(put.loc)),
+                };
+                let over = store.pm().soon.take().is_some();
+                if store.commit().is_ok() {
+                    // Nothing of it was lost, really.
+                    store.pm().lines.borrow_mut().clear();
+                    let now = store.lookup(b"key").unwrap();
+                    let told = then.unwrap_or(Some(staged.loc));
+                    assert_eq!(now, told, "{delete} {first} {accesses}");
+                }
+                if over {
+                    break;
+                }
+            }
+        }
     }
 }
