@@ -809,10 +809,10 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         let (header, _) = self.write_header(frame, self.next_seq, true)?;
         let key = header.base_seq.to_be_bytes();
         let key = KeySrc::Bytes(&key);
-        let old = self
-            .log
-            .insert(&self.pm, &mut self.pool, &key, header.off)?;
-        if old.is_some() {
+        let old = self.log.insert(&self.pm, &mut self.pool, &key, header.off);
+        // Its nodes may be half written.
+        self.failed |= old.is_err();
+        if old?.is_some() {
             return Err(Error::Damaged);
         }
         self.stats.record_frames += 1;

@@ -371,3 +371,24 @@ fn what_is_told_of_a_key_is_true_wherever_an_error_comes() {
         }
     }
 }
+
+/// A node of the log's index goes bad: nothing is told that is not so, and no frame is used up.
+#[test]
+fn an_index_that_cannot_be_read_ends_the_store() {
+    let mut store = open();
+    while store.stats().record_frames < 2 {
+        put_now(&mut store, "").unwrap();
+    }
+    let root = store.pm().load(LIVE_OFF + 32).unwrap() & ((1 << 34) - 1);
+    lose(&store, root << 10);
+    let mut left = 200;
+    while put_now(&mut store, "").is_ok() {
+        left -= 1;
+    }
+    let free = store.frames().0.borrow().counts().free;
+    for _ in 0..200 {
+        assert_eq!(put_now(&mut store, "").map(|_| ()), Err(Error::Io));
+    }
+    assert!(left > 0 && store.read_only());
+    assert_eq!(store.frames().0.borrow().counts().free, free);
+}
