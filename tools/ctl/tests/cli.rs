@@ -229,10 +229,10 @@ fn the_region_is_found_inside_of_an_nvdimm() {
     let image = Image::new("nvdimm", &raw);
     assert_eq!(keys(&text(&image, &["ls"])).len(), 4);
     assert_eq!(keys(&text(&image, &["ls", "--offset", "2M"])).len(), 4);
-    // Without its first superblock, only who knows the place finds it.
+    // Without its first superblock the last one leads to it: a cut in attach leaves that.
     raw[2 << 20..(2 << 20) + 4096].fill(0);
     let image = Image::new("damaged", &raw);
-    assert_eq!(run(&image.0, &["ls"]).status.code(), Some(2));
+    assert_eq!(keys(&text(&image, &["ls"])).len(), 4);
     let place = ["--offset", "2M", "--length", "16M"];
     assert_eq!(
         keys(&text(&image, &[&["ls"], &place[..]].concat())).len(),

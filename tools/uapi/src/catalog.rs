@@ -383,6 +383,10 @@ fn retry<T>(mut f: impl FnMut() -> core::Result<T>) -> core::Result<T> {
     Err(core::Error::Busy)
 }
 
+/// How a superblock begins, and where it says where in its region it is.
+const SUPERBLOCK_MAGIC: u64 = u64::from_le_bytes(*b"pmskb\0SB");
+const SUPERBLOCK_OFFSET: u64 = 200;
+
 /// Finds the region in an image, and its superblock. It is at `place` (offset and
 /// length), or is looked for.
 ///
@@ -404,9 +408,26 @@ pub fn find<M: Part>(
     if let Some(offset) = offset {
         return at(offset);
     }
+    // A last superblock says where its region starts: the first one may be damaged, or
+    // cut short.
+    let by_last = |last: u64| -> core::Result<(M, Probe)> {
+        if file.load(last)? != SUPERBLOCK_MAGIC {
+            return Err(core::Error::NotFormatted);
+        }
+        let start = last.checked_sub(file.load(last + SUPERBLOCK_OFFSET)?);
+        let start = start.ok_or(core::Error::Damaged)?;
+        let part = file.part(start, last - start + core::FRAME_SIZE);
+        let part = part.ok_or(core::Error::Damaged)?;
+        let found = probe(&part)?;
+        Ok((part, found))
+    };
     let mut second_best = None;
     let mut other = core::Error::NotFormatted;
     for offset in (0..file.len()).step_by(core::FRAME_SIZE as usize) {
+        if let Ok(found) = by_last(offset) {
+            // What lies inside of another region is a leftover: the later one counts.
+            second_best = Some(found);
+        }
         match at(offset) {
             Ok(found) if found.1.first.is_none() => return Ok(found),
             // Only its last superblock is right, and that it ends where the file
