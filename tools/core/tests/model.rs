@@ -833,7 +833,7 @@ const SIZES: [(u64, u64); 4] = [(6, 1), (LOADED, 1), (LOADED + 1, 1), (24, 8)];
 
 #[test]
 fn readers_are_never_told_what_was_not() {
-    let (mut ran, count) = (0, schedules(60));
+    let (mut ran, count) = (0, schedules(12));
     for size in SIZES {
         ran += run(
             RandomScheduler::new_from_seed(size.0, count),
