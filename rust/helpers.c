@@ -9,6 +9,7 @@
 #include <linux/page_ref.h>
 #include <linux/sched/signal.h>
 #include <linux/pipe_fs_i.h>
+#include <linux/prefetch.h>
 #include <linux/splice.h>
 #include <linux/compat.h>
 #include <linux/ipv6.h>
@@ -35,6 +36,14 @@ void pmskb_wmb(void)
 {
 	/* Orders the write-backs before it: sfence. */
 	wmb();
+}
+
+void pmskb_prefetch(void *addr, size_t len)
+{
+	void *end = addr + len;
+
+	for (; addr < end; addr += L1_CACHE_BYTES)
+		prefetch(addr);
 }
 
 /* ---- files and regions ---- */

@@ -11,6 +11,7 @@
 #define PMSKB_BLK_OPEN_RW 3U
 
 void pmskb_wmb(void);
+void pmskb_prefetch(void *addr, size_t len);
 
 /* Files and regions. */
 struct page;

@@ -853,6 +853,17 @@ impl pm::Pmem for Region {
         Ok(())
     }
 
+    fn prefetch(&self, off: u64, len: u64) {
+        let Ok(len) = usize::try_from(len) else {
+            return;
+        };
+        if let Ok(addr) = self.range(off, len) {
+            // SAFETY: In the mapping. A line that has an error raises a machine check when it is
+            // used, not when it is fetched.
+            unsafe { ext::pmskb_prefetch(addr.cast(), len) };
+        }
+    }
+
     fn flush(&self, off: u64, len: u64) -> pm::Result<()> {
         if len == 0 {
             return Ok(());
@@ -899,6 +910,9 @@ impl pm::Pmem for Media {
     }
     fn store(&self, off: u64, value: u64) -> pm::Result<()> {
         self.0.store(off, value)
+    }
+    fn prefetch(&self, off: u64, len: u64) {
+        self.0.prefetch(off, len)
     }
     fn flush(&self, off: u64, len: u64) -> pm::Result<()> {
         self.0.flush(off, len)

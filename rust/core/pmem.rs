@@ -56,8 +56,8 @@ pub trait Pmem {
         fence(Ordering::Acquire);
     }
 
-    /// A hint: the line that `off` is in will be read soon. Any offset is allowed.
-    fn prefetch(&self, _off: u64) {}
+    /// A hint: the lines of a range will be read soon. Any range is allowed.
+    fn prefetch(&self, _off: u64, _len: u64) {}
 
     /// CRC32C of `data`, continuing from `crc` (0 at the start):
     /// `crc32c(crc32c(0, a), b)` is the CRC32C of `a` followed by `b`.
@@ -91,8 +91,8 @@ impl<P: Pmem + ?Sized> Pmem for &P {
     fn load_fence(&self) {
         (**self).load_fence()
     }
-    fn prefetch(&self, off: u64) {
-        (**self).prefetch(off)
+    fn prefetch(&self, off: u64, len: u64) {
+        (**self).prefetch(off, len)
     }
     fn crc32c(&self, crc: u32, data: &[u8]) -> u32 {
         (**self).crc32c(crc, data)

@@ -255,8 +255,8 @@ impl<P: Pmem> Pmem for Mapped<P> {
     fn load_fence(&self) {
         self.pm.load_fence();
     }
-    fn prefetch(&self, off: u64) {
-        self.pm.prefetch(off);
+    fn prefetch(&self, off: u64, len: u64) {
+        self.pm.prefetch(off, len);
     }
     fn crc32c(&self, crc: u32, data: &[u8]) -> u32 {
         self.pm.crc32c(crc, data)
@@ -489,7 +489,7 @@ impl<'a, P: Pmem> Cursor<'a, P> {
         if let Some(next) = found.onward(pm, self.forward, BYTES_AHEAD) {
             // Whatever it is, it is but a hint.
             if let Ok(first) = pm.load(next.loc.saturating_add(FIRST_AT)) {
-                pm.prefetch(Extent::unpack(first).off);
+                pm.prefetch(Extent::unpack(first).off, LINE_SIZE);
             }
         }
         while self.ahead < AHEAD {
@@ -497,9 +497,8 @@ impl<'a, P: Pmem> Cursor<'a, P> {
             let Some(next) = found.onward(pm, self.forward, self.ahead) else {
                 return;
             };
-            pm.prefetch(Locator(next.loc).frame_off());
-            pm.prefetch(next.loc);
-            pm.prefetch(next.loc.saturating_add(LINE_SIZE));
+            pm.prefetch(Locator(next.loc).frame_off(), LINE_SIZE);
+            pm.prefetch(next.loc, 2 * LINE_SIZE);
         }
     }
 

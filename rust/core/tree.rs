@@ -8,7 +8,9 @@
 //! A node that becomes empty is unlinked and freed; half-empty ones stay.
 
 use super::frame::Frames;
-use super::node::{any_key, prefix_of, search, Entry, Head, Kind, Pool, INNER_MAX, LEAF_MAX};
+use super::node::{
+    any_key, prefix_of, search, Entry, Head, Kind, Pool, INNER_MAX, LEAF_MAX, NODE_SIZE,
+};
 use super::record::{key_of, KeySrc};
 use super::{Error, IndexEntry, Pmem, Result};
 
@@ -109,6 +111,7 @@ impl Tree {
             };
             *step = (node, index);
             node = head.child(pm, node, index)?;
+            pm.prefetch(node, NODE_SIZE);
         }
         Ok(way)
     }
@@ -763,7 +766,11 @@ fn attempt<P: Pmem>(
             if let (Some(other), false) = (other, turned) {
                 beside = Some((seen, head.child(pm, node, other)?, level));
             }
-            match seen.child(pm, head.child(pm, node, index)?)? {
+            let child = head.child(pm, node, index)?;
+            // A search waits for one line after the other, as each tells which is the next; all
+            // of a node's together take hardly longer than one.
+            pm.prefetch(child, NODE_SIZE);
+            match seen.child(pm, child)? {
                 Some(child) => seen = child,
                 None => return Ok(None),
             }

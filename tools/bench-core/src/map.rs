@@ -144,10 +144,13 @@ impl Pmem for Region {
         }
     }
 
-    fn prefetch(&self, off: u64) {
-        if let Ok(at) = self.at(off, 1) {
-            // SAFETY: every x86-64 CPU has it, and it does nothing that the program can see.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) };
+    fn prefetch(&self, off: u64, len: u64) {
+        if let Ok(at) = self.at(off, len) {
+            for line in (0..len).step_by(LINE_SIZE as usize) {
+                // SAFETY: every x86-64 CPU has it, and it does nothing that the program can see;
+                // the line is in the mapping.
+                unsafe { _mm_prefetch::<_MM_HINT_T0>(at.add(line as usize).cast()) };
+            }
         }
     }
 

@@ -16,7 +16,7 @@ use std::{
 };
 
 use memmap2::{MmapOptions, MmapRaw};
-use pmskb_core::{Error, Pmem};
+use pmskb_core::{Error, Pmem, LINE_SIZE};
 
 use crate::Mapping;
 
@@ -213,15 +213,18 @@ impl Pmem for Media {
 
     fn fence(&self) {}
 
-    fn prefetch(&self, off: u64) {
+    fn prefetch(&self, off: u64, len: u64) {
         #[cfg(target_arch = "x86_64")]
-        if let Ok(at) = self.at(off, 1) {
+        if let Ok(at) = self.at(off, len) {
             use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0};
-            // SAFETY: every x86-64 CPU has it, and it changes nothing that a program sees.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.as_ptr().cast()) };
+            for line in (0..len).step_by(LINE_SIZE as usize) {
+                // SAFETY: every x86-64 CPU has it, and it changes nothing that a program sees;
+                // the line is in the mapping.
+                unsafe { _mm_prefetch::<_MM_HINT_T0>(at.as_ptr().add(line as usize).cast()) };
+            }
         }
         #[cfg(not(target_arch = "x86_64"))]
-        let _ = off;
+        let _ = (off, len);
     }
 
     fn crc32c(&self, crc: u32, data: &[u8]) -> u32 {
