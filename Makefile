@@ -52,7 +52,10 @@ torture:
 	@$(LAB) build
 	@tools/demo/torture --cuts $(CUTS) --seed $(SEED)
 
-test test-debug lint fuzz:
+test:
+	@$(LAB) $@ $(if $(AGAIN),--again)
+
+test-debug lint fuzz:
 	@$(LAB) $@
 
 crash:
@@ -72,7 +75,8 @@ help:
 	@echo '  make demo        PUTs over a real NIC, a power cut, and every object found again'
 	@echo '  make bite        the demo with one write-back or fence taken out: it must fail'
 	@echo '  make torture     power cuts at moments that SEED=s (1) chooses, CUTS=n of them (200)'
-	@echo '  make test        every check; ends with "N passed, N failed"'
+	@echo '  make test        every check; ends with "N passed, N failed" (AGAIN=1: those on the debug'
+	@echo '                   kernel, too, that passed before and for which nothing has changed)'
 	@echo '  make test-debug  the self-tests on a kernel with KASAN, lockdep, kmemleak and failing'
 	@echo '                   allocations, which is built first (once)'
 	@echo '  make lint        rustfmt, clippy, checkpatch, shellcheck'
