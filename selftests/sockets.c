@@ -269,11 +269,11 @@ TEST_F(sockets, io_uring_sends_without_a_copy_and_receives)
 	ASSERT_EQ(0, err);
 	fill(out, sizeof(out), 22, 0);
 	ASSERT_EQ(0, ring_submit(&r, &sqe));
+	ASSERT_EQ(0, ring_wait(&r, &cqe));
+	ASSERT_EQ(sizeof(out), cqe.res) TH_LOG("%s", strerror(-cqe.res));
+	EXPECT_TRUE(cqe.flags & IORING_CQE_F_MORE);
 	ASSERT_EQ(0, recv_all(self->c.c, in, sizeof(in)));
 	EXPECT_EQ(-1, differs(in, sizeof(in), 22, 0));
-	ASSERT_EQ(0, ring_wait(&r, &cqe));
-	EXPECT_EQ(sizeof(out), cqe.res) TH_LOG("%s", strerror(-cqe.res));
-	EXPECT_TRUE(cqe.flags & IORING_CQE_F_MORE);
 	if (cqe.flags & IORING_CQE_F_MORE) {
 		ASSERT_EQ(0, ring_wait(&r, &cqe));
 		EXPECT_TRUE(cqe.flags & IORING_CQE_F_NOTIF);
@@ -410,7 +410,7 @@ TEST_F_TIMEOUT(sockets, pages_that_are_mapped_on_receive_stay_what_they_are, 120
 	enum { LEN = 60000 };
 	static uint8_t buf[ZC_LEN];
 	struct pmskb_store_info info;
-	int pipes[2], k;
+	int pipes[2], taken[16], k, n;
 	ssize_t mapped;
 	uint8_t *map;
 	pid_t pid;
@@ -449,6 +449,8 @@ TEST_F_TIMEOUT(sockets, pages_that_are_mapped_on_receive_stay_what_they_are, 120
 		/* _exit: the harness's handlers are not ours. */
 		_exit(memcmp(map, buf, 4096) ? 1 : 0);
 	}
+	n = attaches(variant->how) ? store_scarce(&self->s, 300, taken, ARRAY_LEN(taken)) : 0;
+	ASSERT_LE(0, n);
 	for (k = 0; k < 40; k++) {
 		static uint8_t noise[60000];
 
@@ -456,6 +458,8 @@ TEST_F_TIMEOUT(sockets, pages_that_are_mapped_on_receive_stay_what_they_are, 120
 		ASSERT_EQ(0, recv_all(self->c.s, noise, sizeof(noise)));
 	}
 	EXPECT_EQ(0, memcmp(map, buf, 4096)) TH_LOG("a frame was used again under its mapping");
+	while (n > 0)
+		close(taken[--n]);
 	ASSERT_EQ(pid, waitpid(pid, &st, 0));
 	EXPECT_EQ(0, st);
 	/* The socket's end is not theirs; and a store with frames in use is not detached. */
@@ -929,6 +933,57 @@ TEST_F(sockets, an_attached_socket_stays_of_its_family)
 	close(c);
 	close(s);
 	close(l);
+}
+
+/* ---- a socket that could not be attached ---- */
+
+#define INJECT "/sys/module/pmskb/parameters/inject"
+
+/* In a module that was built for it, where every nth allocation fails: rust/inject.rs. */
+static int inject(const char *nth)
+{
+	int fd = open(INJECT, O_WRONLY | O_CLOEXEC), err;
+
+	if (fd < 0)
+		return -errno;
+	err = write(fd, nth, strlen(nth)) < 0 ? -errno : 0;
+	close(fd);
+	return err;
+}
+
+TEST(a_socket_that_could_not_be_attached_can_do_what_it_could)
+{
+	static char out[50000], in[50000];
+	struct net net = { AF_INET, LINK_LO };
+	struct io_uring_sqe sqe = { .opcode = IORING_OP_SEND_ZC, .addr = PTR(out), .len = sizeof(out) };
+	struct io_uring_cqe cqe;
+	const char *why;
+	struct store s;
+	struct conn c;
+	struct ring r;
+
+	if (access(INJECT, F_OK))
+		SKIP(return, "the module was built without PMSKB_INJECT=1");
+	if (!dev_path(DEV_PMEM, &why))
+		SKIP(return, "%s", why);
+	ASSERT_EQ(0, store_make(&s, DEV_PMEM, 0, 0));
+	ASSERT_EQ(0, conn_make(&c, &net, -1, HOW_PLAIN));
+	ASSERT_EQ(0, inject("1"));
+	EXPECT_EQ(-ENOMEM, sock_attach_ioctl(c.s, s.fd));
+	ASSERT_EQ(0, inject("0"));
+	ASSERT_EQ(0, ring_make(&r, 0));
+	fill(out, sizeof(out), 26, 0);
+	sqe.fd = c.s;
+	ASSERT_EQ(0, ring_submit(&r, &sqe));
+	ASSERT_EQ(0, ring_wait(&r, &cqe));
+	ASSERT_EQ(sizeof(out), cqe.res) TH_LOG("%s", strerror(-cqe.res));
+	ASSERT_EQ(0, recv_all(c.c, in, sizeof(in)));
+	EXPECT_EQ(-1, differs(in, sizeof(in), 26, 0));
+	ring_close(&r);
+	/* And be attached after all. */
+	EXPECT_EQ(0, sock_attach_ioctl(c.s, s.fd));
+	conn_close(&c);
+	EXPECT_EQ(0, store_close(&s));
 }
 
 TEST_HARNESS_MAIN
