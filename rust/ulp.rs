@@ -674,10 +674,11 @@ unsafe extern "C" fn ulp_init(sk: *mut ext::sock) -> c_int {
             if ext::pmskb_sk_has_psock(sk.as_ptr()) {
                 return Err(EBUSY);
             }
+            // Whether or not it becomes ours.
+            ext::pmskb_sock_get_zc_back(sk.as_ptr());
             let ctx = Ctx::new(sk, ext::pmskb_rx_mode_PMSKB_RX_BYTES, GFP_KERNEL)?;
             let ours = PROTOS.get(family).ok_or(EBUSY)?;
             ext::pmskb_ulp_install(sk.as_ptr(), ours.get(), ctx.cast(), ULP.get());
-            ext::pmskb_sock_get_zc_back(sk.as_ptr());
         }
         Ok(0)
     })

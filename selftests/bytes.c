@@ -414,7 +414,7 @@ TEST_F(bytes, bytes_spliced_into_a_pipe_stay_what_they_are)
 {
 	static char back[20000], noise[60000];
 	size_t in_pipe = 0;
-	int pipes[2], k;
+	int pipes[2], taken[16], n = 0, k;
 
 	ASSERT_EQ(0, pipe(pipes));
 	fill(back, sizeof(back), 9, 0);
@@ -425,10 +425,16 @@ TEST_F(bytes, bytes_spliced_into_a_pipe_stay_what_they_are)
 		ASSERT_LT(0, n);
 		in_pipe += n;
 	}
+	/* With few frames, for they are used one after the other. */
+	if (variant->how != HOW_PLAIN)
+		n = store_scarce(&self->s, 300, taken, ARRAY_LEN(taken));
+	ASSERT_LE(0, n);
 	for (k = 0; k < 40; k++) {
 		ASSERT_EQ(0, send_all(self->c.c, noise, sizeof(noise)));
 		ASSERT_EQ(0, recv_all(self->c.s, noise, sizeof(noise)));
 	}
+	while (n > 0)
+		close(taken[--n]);
 	ASSERT_EQ(sizeof(back), ({
 		size_t got = 0;
 		ssize_t n;

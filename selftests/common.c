@@ -240,6 +240,22 @@ int store_quiet(const struct store *s, int ms, struct pmskb_store_info *info)
 	}
 }
 
+int store_scarce(const struct store *s, uint64_t left, int *fds, int nr)
+{
+	struct pmskb_store_info i;
+	int n = 0, err;
+
+	while (!(err = store_info(s, &i)) && n < nr && i.frames_free > left + i.frames_reserve) {
+		uint64_t len = (i.frames_free - left - i.frames_reserve) * PMSKB_FRAME_SIZE;
+		struct pmskb_alloc a = { .len = len < 64 << 20 ? len : 64 << 20 };
+
+		if (ioctl(s->fd, PMSKB_IOC_ALLOC, &a))
+			return -errno;
+		fds[n++] = a.fd;
+	}
+	return err ?: n;
+}
+
 int store_back(const struct store *s, int ms, struct pmskb_store_info *info)
 {
 	for (ms *= slowness();; ms -= 20) {

@@ -83,6 +83,11 @@ int store_quiet(const struct store *s, int ms, struct pmskb_store_info *info);
 /* The directory in sysfs of the driver of a region's device, and the device's name in it. */
 int driver_of(enum dev dev, char *driver, char *name, size_t size);
 int store_back(const struct store *s, int ms, struct pmskb_store_info *info);
+/*
+ * Takes frames away until about `left` are free, so that they are used again soon. How many
+ * descriptors it has put into fds; closing them gives the frames back.
+ */
+int store_scarce(const struct store *s, uint64_t left, int *fds, int nr);
 
 /* What does not add up in info, or NULL. Without `shared`, no record has bytes of another. */
 const char *info_wrong(const struct pmskb_store_info *info, uint64_t key_bytes, bool shared);

@@ -11,6 +11,8 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <linux/sockios.h>
+#include <linux/tcp.h>
 #include <poll.h>
 #include <sched.h>
 #include <setjmp.h>
@@ -730,6 +732,66 @@ TEST_F_TIMEOUT(life, unbinding_the_driver_under_traffic_ends_in_errors_and_not_i
 	ASSERT_EQ(0, err);
 	EXPECT_EQ(1, media_scan(again.map, again.map_len, NULL, NULL));
 	EXPECT_EQ(0, store_close(&again));
+}
+
+/*
+ * TCP_ZEROCOPY_RECEIVE maps frames where nobody can find them. They are memory of the
+ * process's until it says otherwise, and the device stays until then.
+ */
+TEST_F_TIMEOUT(life, a_frame_that_tcp_has_mapped_holds_up_the_removal, 120)
+{
+	enum { LEN = 60000, MAP = 1 << 17 };
+	struct net net = { variant->family, variant->link };
+	struct tcp_zerocopy_receive zc = { .length = MAP };
+	char driver[PATH_MAX], name[PATH_MAX];
+	static uint8_t buf[LEN];
+	socklen_t len = sizeof(zc);
+	int k, n = 0, st, err;
+	struct conn c;
+	uint8_t *map;
+	pid_t pid;
+
+	if (driver_of(variant->dev, driver, name, PATH_MAX))
+		SKIP(return, "cannot find the device's driver");
+	ASSERT_EQ(0, conn_make(&c, &net, self->s.fd, HOW_LISTENER_OPT));
+	map = mmap(NULL, MAP, PROT_READ, MAP_SHARED, c.s, 0);
+	ASSERT_NE(MAP_FAILED, (void *)map);
+	fill(buf, LEN, 91, 0);
+	ASSERT_EQ(0, send_all(c.c, buf, LEN));
+	for (k = 0; k < 500 * slowness() && n < LEN; k++) {
+		usleep(10000);
+		ASSERT_EQ(0, ioctl(c.s, SIOCINQ, &n));
+	}
+	zc.address = PTR(map);
+	ASSERT_EQ(0, getsockopt(c.s, IPPROTO_TCP, TCP_ZEROCOPY_RECEIVE, &zc, &len));
+	ASSERT_LT(0, zc.length) TH_LOG("nothing was mapped");
+	ASSERT_EQ(0, memcmp(map, buf, zc.length));
+
+	pid = fork();
+	if (!pid) {
+		/* The mapping is its parent's alone. */
+		munmap(map, MAP);
+		_exit(poke(driver, "unbind", name) ? 1 : 0);
+	}
+	usleep(700000);
+	ASSERT_EQ(0, waitpid(pid, &st, WNOHANG)) TH_LOG("the device went from under a mapping");
+	EXPECT_EQ(0, memcmp(map, buf, zc.length));
+	ASSERT_EQ(0, munmap(map, MAP));
+	for (k = 0; k < 3000; k++) {
+		if (waitpid(pid, &st, WNOHANG) == pid)
+			break;
+		usleep(10000);
+	}
+	ASSERT_GT(3000, k) TH_LOG("the removal goes on for ever");
+	EXPECT_EQ(0, st);
+	conn_close(&c);
+	store_let_go(&self->s);
+	err = dev_detach(self->s.ctl, self->s.minor, 5000);
+	EXPECT_TRUE(err == 0 || err == -ENODEV) TH_LOG("%d", err);
+	self->s.minor = ~0U;
+	close(self->s.dev);
+	self->s.dev = -1;
+	ASSERT_EQ(0, bind_again(variant->dev, driver, name));
 }
 
 /* This process and those that it starts, on one CPU; on any for -1. */

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: GPL-2.0
 #
 # Promises that need other programs, or the module unloaded: transfers by socat,
-# curl and iperf3 on attached sockets (preload.so attaches them), unloading with
+# curl and iperf3 on attached sockets (pmskb-run attaches them), unloading with
 # and without sockets, namespaces of the wrong mode. Run by ./run.
 #
 #   shell.sh [-t TEST]
@@ -44,9 +44,12 @@ need_pmem() { [ -e "${PMSKB_DEV_PMEM:-/nonexistent}" ] || skip "PMSKB_DEV_PMEM i
 need_dax() { [ -e "${PMSKB_DEV_DAX:-/nonexistent}" ] || skip "PMSKB_DEV_DAX is not set"; }
 
 # attached PROGRAM...: on attached sockets.
-attached() { LD_PRELOAD=$PWD/preload.so PMSKB_STORE=$store "$@"; }
-# The same in the background, so that $! is the program.
-attached_server() { exec env LD_PRELOAD="$PWD/preload.so" PMSKB_STORE="$store" "$@"; }
+attached() {
+	have pmskb-run || skip "there is no pmskb-run"
+	pmskb-run --store "$store" --require "$@"
+}
+# The same in the background: $! is the program.
+attached_server() { exec pmskb-run --store "$store" --require "$@"; }
 
 wait_for_port() {
 	for _ in $(seq 100); do
