@@ -33,6 +33,9 @@
 #ifndef SO_ATTACH_REUSEPORT_CBPF
 #define SO_ATTACH_REUSEPORT_CBPF 51
 #endif
+#ifndef SO_MEMINFO
+#define SO_MEMINFO 55
+#endif
 #ifndef SOL_UDP
 #define SOL_UDP 17
 #endif
@@ -337,6 +340,16 @@ TEST_F(udp, payloads_whose_sum_is_zero_in_either_form_are_summed_right)
 	}
 }
 
+/* What the socket is charged for datagrams that it has; SK_MEMINFO_RMEM_ALLOC is the first. */
+static uint32_t charged(int fd)
+{
+	uint32_t mem[16] = { ~0U };
+	socklen_t len = sizeof(mem);
+
+	getsockopt(fd, SOL_SOCKET, SO_MEMINFO, mem, &len);
+	return mem[0];
+}
+
 /* By recvmmsg(), several at a time; the long run on lo, where both ends are fast. */
 TEST_F_TIMEOUT(udp, twenty_thousand_datagrams_arrive_as_they_were_sent, 240)
 {
@@ -396,6 +409,12 @@ TEST_F_TIMEOUT(udp, twenty_thousand_datagrams_arrive_as_they_were_sent, 240)
 		ASSERT_EQ(nr_r, setsockopt(self->p.s, SOL_PMSKB, PMSKB_RELEASE, r, nr_r * sizeof(r[0])));
 	}
 	EXPECT_EQ(pos, at);
+	EXPECT_EQ(0, charged(self->p.s));
+	ASSERT_EQ(0, send(self->p.c, "", 0, 0));
+	usleep(20000);
+	EXPECT_LT(0, charged(self->p.s));
+	ASSERT_EQ(0, get(self->p.s, &g, 0));
+	EXPECT_EQ(0, charged(self->p.s));
 	ASSERT_EQ(0, sock_info(self->p.s, &info));
 	EXPECT_EQ(pos, info.counters.placed_bytes);
 	EXPECT_EQ(0, info.counters.copied_bytes);
