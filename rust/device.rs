@@ -505,6 +505,6 @@ where
 
 /// `PMSKB_IOC_ATTACH_SOCKET`.
 fn attach_socket(store: Arc<Store>, fd: i32) -> Result<c_long> {
-    crate::ulp::attach_fd(&store, fd)?;
+    crate::attach::attach_fd(&store, fd)?;
     Ok(0)
 }

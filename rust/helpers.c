@@ -20,6 +20,7 @@
 #include <linux/pmskb.h>
 #include <linux/skmsg.h>
 #include <linux/workqueue.h>
+#include <net/inet_common.h>
 #include <net/inet_sock.h>
 #include <net/ip.h>
 #include <net/ipv6.h>
@@ -28,6 +29,8 @@
 #include <net/netlink.h>
 #include <net/request_sock.h>
 #include <net/tcp.h>
+#include <net/transp_v6.h>
+#include <net/udp.h>
 #include "helpers.h"
 
 static_assert(PMSKB_BLK_OPEN_RW == (__force u32)(BLK_OPEN_READ | BLK_OPEN_WRITE));
@@ -444,7 +447,8 @@ void pmskb_skb_facts(struct sk_buff *skb, bool v6, struct pmskb_skb_facts *f)
 	memset(f, 0, sizeof(*f));
 	f->readable = skb_frags_readable(skb);
 	f->shared = skb_shared(skb);
-	f->merged = skb_is_gso(skb) || skb_has_frag_list(skb);
+	f->merged = skb_is_gso(skb);
+	f->fragments = skb_has_frag_list(skb);
 	f->fraglist_gso = !!(si->gso_type & SKB_GSO_FRAGLIST);
 	f->encapsulated = skb->encapsulation;
 	f->mac_set = skb_mac_header_was_set(skb);
@@ -803,7 +807,7 @@ void pmskb_rcu_settle(void)
 	rcu_barrier();
 }
 
-/* The same in Rust is in ulp.rs: bindgen and the compiler must agree. */
+/* The same in Rust is in attach.rs: bindgen and the compiler must agree. */
 void pmskb_layout(u32 *out)
 {
 	const u32 layout[PMSKB_LAYOUT_NR] = {
@@ -827,6 +831,8 @@ void pmskb_layout(u32 *out)
 		offsetof(struct tcp_ulp_ops, owner),
 		sizeof(struct nf_hook_state),
 		offsetof(struct nf_hook_state, net),
+		sizeof(inet_dgram_ops),
+		offsetof(typeof(inet_dgram_ops), owner),
 	};
 
 	memcpy(out, layout, sizeof(layout));
@@ -837,7 +843,7 @@ u32 pmskb_wsum_add(u32 sum, u32 next, int offset)
 	return (__force u32)csum_block_add((__force __wsum)sum, (__force __wsum)next, offset);
 }
 
-void pmskb_skb_queued_facts(struct sk_buff *skb, struct pmskb_skb_facts *f)
+void pmskb_skb_queued_facts(struct sk_buff *skb, bool tcp, struct pmskb_skb_facts *f)
 {
 	const struct skb_shared_info *si = skb_shinfo(skb);
 
@@ -845,7 +851,8 @@ void pmskb_skb_queued_facts(struct sk_buff *skb, struct pmskb_skb_facts *f)
 	f->readable = skb_frags_readable(skb);
 	if (!(si->tx_flags & SKBTX_HW_TSTAMP_NETDEV))
 		f->hwtstamp = ktime_to_ns(skb_hwtstamps(skb)->hwtstamp);
-	if (TCP_SKB_CB(skb)->has_rxtstamp && skb->tstamp_type == SKB_CLOCK_REALTIME)
+	/* TCP has its own use for the field in between. */
+	if ((!tcp || TCP_SKB_CB(skb)->has_rxtstamp) && skb->tstamp_type == SKB_CLOCK_REALTIME)
 		f->tstamp = ktime_to_ns(skb->tstamp);
 }
 
@@ -884,6 +891,13 @@ bool pmskb_is_tcp(const struct socket *sock)
 	const struct sock *sk = sock->sk;
 
 	return sk && sk_is_tcp(sk) && sk->sk_protocol == IPPROTO_TCP;
+}
+
+bool pmskb_is_udp(const struct socket *sock)
+{
+	const struct sock *sk = sock->sk;
+
+	return sk && sk_is_udp(sk) && sk->sk_protocol == IPPROTO_UDP;
 }
 
 static_assert(PMSKB_TCP_CLOSE == TCP_CLOSE && PMSKB_TCP_LISTEN == TCP_LISTEN);
@@ -955,6 +969,12 @@ void pmskb_sk_abort(struct sock *sk, int err)
 	sk_error_report(sk);
 }
 
+void pmskb_sk_set_error(struct sock *sk, int err)
+{
+	WRITE_ONCE(sk->sk_err, err);
+	sk_error_report(sk);
+}
+
 /* Against those who take no notice of a socket's owner: inet_csk_listen_stop(). */
 void pmskb_bh_lock_sock(struct sock *sk)
 {
@@ -990,4 +1010,322 @@ void pmskb_migrate_disable(void)
 void pmskb_migrate_enable(void)
 {
 	migrate_enable();
+}
+
+/* ---- UDP ---- */
+
+static_assert(PMSKB_SOL_UDP == SOL_UDP && PMSKB_UDP_ENCAP == UDP_ENCAP);
+static_assert(PMSKB_SOL_IPV6 == SOL_IPV6 && PMSKB_IPV6_ADDRFORM == IPV6_ADDRFORM);
+
+/* Not all of it is exported, so a socket tells. At module init; may sleep. */
+int pmskb_udp_learn(bool v6, struct pmskb_udp_calls *calls)
+{
+	struct socket *sock;
+	int err;
+
+	err = sock_create_kern(&init_net, v6 ? AF_INET6 : AF_INET, SOCK_DGRAM, IPPROTO_UDP, &sock);
+	if (err)
+		return err;
+	calls->prot = sock->sk->sk_prot;
+	calls->ops = sock->ops;
+	sock_release(sock);
+	return 0;
+}
+
+/* The socket is locked. Data first: who sees the new operations finds it. */
+int pmskb_udp_install(struct socket *sock, const struct pmskb_udp_calls *udp,
+		      const struct pmskb_udp_calls *ours, void *data)
+{
+	struct sock *sk = sock->sk;
+	int err = -EBUSY;
+
+	write_lock_bh(&sk->sk_callback_lock);
+	if (sk->sk_prot == udp->prot && READ_ONCE(sock->ops) == udp->ops &&
+	    !sk->sk_user_data && !READ_ONCE(udp_sk(sk)->encap_type)) {
+		/* Put by __sock_release(). */
+		__module_get(ours->ops->owner);
+		rcu_assign_sk_user_data(sk, data);
+		/* Pairs with pmskb_sk_prot(). */
+		smp_store_release(&sk->sk_prot, ours->prot);
+		WRITE_ONCE(sock->ops, ours->ops);
+		err = 0;
+	}
+	write_unlock_bh(&sk->sk_callback_lock);
+	return err;
+}
+
+/* The socket is locked, and about to be closed. */
+void pmskb_udp_restore(struct sock *sk, struct proto *udp)
+{
+	write_lock_bh(&sk->sk_callback_lock);
+	WRITE_ONCE(sk->sk_prot, udp);
+	rcu_assign_sk_user_data(sk, NULL);
+	write_unlock_bh(&sk->sk_callback_lock);
+}
+
+/* Of a socket with our operations. */
+void *pmskb_udp_data(const struct sock *sk)
+{
+	/* Pairs with pmskb_udp_install(), after the read of sk_prot. */
+	return READ_ONCE(sk->sk_user_data);
+}
+
+/* As UDP looks it up. What goes to several sockets goes to none. */
+struct sock *pmskb_udp4_lookup(struct net *net, struct sk_buff *skb, __be32 saddr, __be16 sport,
+			       __be32 daddr, __be16 dport, int dif, int sdif)
+{
+	const struct rtable *rt = skb_rtable(skb);
+
+	if (!rt || rt->rt_flags & (RTCF_BROADCAST | RTCF_MULTICAST))
+		return NULL;
+	return __udp4_lib_lookup(net, saddr, sport, daddr, dport, dif, sdif, skb);
+}
+
+struct sock *pmskb_udp6_lookup(struct net *net, struct sk_buff *skb,
+			       const struct in6_addr *saddr, __be16 sport,
+			       const struct in6_addr *daddr, __be16 dport, int dif, int sdif)
+{
+#if IS_ENABLED(CONFIG_IPV6)
+	if (!ipv6_addr_is_multicast(daddr))
+		return __udp6_lib_lookup(net, saddr, sport, daddr, dport, dif, sdif, skb);
+#endif
+	return NULL;
+}
+
+/*
+ * UDP takes a socket with a reference as it is. One without, which is what its own early demux
+ * leaves, it takes too, but asks those who select among SO_REUSEPORT sockets again.
+ */
+void pmskb_skb_lend_sock(struct sk_buff *skb, struct sock *sk)
+{
+	if (!sk_is_refcounted(sk) && !sk->sk_reuseport) {
+		skb->sk = sk;
+		skb->destructor = sock_pfree;
+	} else if (refcount_inc_not_zero(&sk->sk_refcnt)) {
+		skb->sk = sk;
+		skb->destructor = sock_edemux;
+	}
+}
+
+/*
+ * The first datagram, with a reference; it stays in the queue, and is on reader_queue then. NULL
+ * and no error: receiving was shut down.
+ */
+struct sk_buff *pmskb_udp_peek(struct sock *sk, int flags, int *err)
+{
+	/* Wherever SO_PEEK_OFF is. */
+	int off = -1;
+
+	return __skb_recv_udp(sk, flags | MSG_PEEK, &off, err);
+}
+
+bool pmskb_udp_is_right(struct sk_buff *skb)
+{
+	return !udp_lib_checksum_complete(skb);
+}
+
+/*
+ * Gives back what a datagram was charged, when it leaves reader_queue, whose lock is held. As
+ * UDP does, in large portions while there are others.
+ */
+static void pmskb_udp_uncharge(struct sock *sk, struct sk_buff *skb)
+{
+	struct udp_sock *up = udp_sk(sk);
+	int size = up->forward_deficit + skb->truesize;
+
+	if (size < READ_ONCE(up->forward_threshold) && !skb_queue_empty(&up->reader_queue)) {
+		up->forward_deficit = size;
+		return;
+	}
+	up->forward_deficit = 0;
+	/* It guards sk_forward_alloc, too. */
+	spin_lock(&sk->sk_receive_queue.lock);
+	sk_mem_uncharge(sk, size);
+	atomic_sub(size, &sk->sk_rmem_alloc);
+	spin_unlock(&sk->sk_receive_queue.lock);
+}
+
+/* A checksum was wrong. */
+void pmskb_udp_discard(struct sock *sk, struct sk_buff *skb)
+{
+	bool v4 = skb->protocol == htons(ETH_P_IP);
+
+	if (!__sk_queue_drop_skb(sk, &udp_sk(sk)->reader_queue, skb, MSG_PEEK,
+				 pmskb_udp_uncharge)) {
+		SNMP_INC_STATS(__UDPX_MIB(sk, v4), UDP_MIB_CSUMERRORS);
+		SNMP_INC_STATS(__UDPX_MIB(sk, v4), UDP_MIB_INERRORS);
+	}
+}
+
+/* Takes this one out of the queue; false if somebody else was faster. */
+bool pmskb_udp_take(struct sock *sk, struct sk_buff *skb)
+{
+	struct sk_buff_head *queue = &udp_sk(sk)->reader_queue;
+	bool ours = false;
+
+	spin_lock_bh(&queue->lock);
+	if (skb->next) {
+		__skb_unlink(skb, queue);
+		/* The queue's; there is that of the peek. */
+		refcount_dec(&skb->users);
+		pmskb_udp_uncharge(sk, skb);
+		ours = true;
+	}
+	spin_unlock_bh(&queue->lock);
+	return ours;
+}
+
+#if IS_ENABLED(CONFIG_IPV6)
+static void pmskb_udp6_name(struct sock *sk, struct msghdr *msg, struct sk_buff *skb, bool v4)
+{
+	DECLARE_SOCKADDR(struct sockaddr_in6 *, sin6, msg->msg_name);
+
+	sin6->sin6_family = AF_INET6;
+	sin6->sin6_port = udp_hdr(skb)->source;
+	sin6->sin6_flowinfo = 0;
+	if (v4) {
+		ipv6_addr_set_v4mapped(ip_hdr(skb)->saddr, &sin6->sin6_addr);
+		sin6->sin6_scope_id = 0;
+	} else {
+		sin6->sin6_addr = ipv6_hdr(skb)->saddr;
+		sin6->sin6_scope_id = ipv6_iface_scope_id(&sin6->sin6_addr, inet6_iif(skb));
+	}
+	msg->msg_namelen = sizeof(*sin6);
+	BPF_CGROUP_RUN_PROG_UDP6_RECVMSG_LOCK(sk, (struct sockaddr *)sin6, &msg->msg_namelen);
+}
+
+/* ip6_datagram_recv_ctl() is for datagrams of IPv6. */
+static void pmskb_udp6_mapped_info(struct sock *sk, struct msghdr *msg, struct sk_buff *skb)
+{
+	struct in6_pktinfo info = { .ipi6_ifindex = PKTINFO_SKB_CB(skb)->ipi_ifindex };
+
+	if (!inet6_sk(sk)->rxopt.bits.rxinfo || info.ipi6_ifindex < 0)
+		return;
+	ipv6_addr_set_v4mapped(ip_hdr(skb)->daddr, &info.ipi6_addr);
+	put_cmsg(msg, SOL_IPV6, IPV6_PKTINFO, sizeof(info), &info);
+}
+#endif
+
+static void pmskb_udp4_name(struct sock *sk, struct msghdr *msg, struct sk_buff *skb)
+{
+	DECLARE_SOCKADDR(struct sockaddr_in *, sin, msg->msg_name);
+
+	sin->sin_family = AF_INET;
+	sin->sin_port = udp_hdr(skb)->source;
+	sin->sin_addr.s_addr = ip_hdr(skb)->saddr;
+	memset(sin->sin_zero, 0, sizeof(sin->sin_zero));
+	msg->msg_namelen = sizeof(*sin);
+	BPF_CGROUP_RUN_PROG_UDP4_RECVMSG_LOCK(sk, (struct sockaddr *)sin, &msg->msg_namelen);
+}
+
+/*
+ * What UDP's recvmsg() tells of a datagram beside its bytes, in the same order. It was taken
+ * out of the queue; the socket is not locked.
+ */
+void pmskb_udp_tell(struct sock *sk, struct msghdr *msg, struct sk_buff *skb)
+{
+	bool v4 = skb->protocol == htons(ETH_P_IP);
+	bool v6_sock = sk->sk_family == AF_INET6;
+
+	SNMP_INC_STATS(__UDPX_MIB(sk, v4), UDP_MIB_INDATAGRAMS);
+	sock_recv_cmsgs(msg, sk, skb);
+	if (msg->msg_name && !v6_sock)
+		pmskb_udp4_name(sk, msg, skb);
+#if IS_ENABLED(CONFIG_IPV6)
+	if (msg->msg_name && v6_sock)
+		pmskb_udp6_name(sk, msg, skb, v4);
+#endif
+	if (udp_test_bit(GRO_ENABLED, sk))
+		udp_cmsg_recv(msg, sk, skb);
+#if IS_ENABLED(CONFIG_IPV6)
+	if (v6_sock && inet6_sk(sk)->rxopt.all) {
+		if (v4)
+			pmskb_udp6_mapped_info(sk, msg, skb);
+		else
+			ip6_datagram_recv_ctl(sk, msg, skb);
+	}
+#endif
+	if (v4 && inet_cmsg_flags(inet_sk(sk)))
+		ip_cmsg_recv_offset(msg, sk, skb, sizeof(struct udphdr), 0);
+	if (unlikely(READ_ONCE(udp_sk(sk)->peeking_with_offset)))
+		sk_peek_offset_bwd(sk, skb->len);
+}
+
+/*
+ * IPV6_RECVPATHMTU: that a path has a new MTU is an answer of its own, without a datagram, and
+ * comes first.
+ */
+bool pmskb_udp_tell_mtu(struct sock *sk, struct msghdr *msg)
+{
+#if IS_ENABLED(CONFIG_IPV6)
+	DECLARE_SOCKADDR(struct sockaddr_in6 *, sin6, msg->msg_name);
+	struct ip6_mtuinfo info;
+	struct ipv6_pinfo *np;
+	struct sk_buff *skb;
+
+	if (sk->sk_family != AF_INET6)
+		return false;
+	np = inet6_sk(sk);
+	if (!np->rxopt.bits.rxpmtu || !READ_ONCE(np->rxpmtu))
+		return false;
+	skb = xchg(&np->rxpmtu, NULL);
+	if (!skb)
+		return false;
+	sock_recv_timestamp(msg, sk, skb);
+	memcpy(&info, IP6CBMTU(skb), sizeof(info));
+	if (sin6) {
+		*sin6 = (struct sockaddr_in6) {
+			.sin6_family = AF_INET6,
+			.sin6_addr = info.ip6m_addr.sin6_addr,
+			.sin6_scope_id = info.ip6m_addr.sin6_scope_id,
+		};
+		msg->msg_namelen = sizeof(*sin6);
+	}
+	put_cmsg(msg, SOL_IPV6, IPV6_PATHMTU, sizeof(info), &info);
+	kfree_skb(skb);
+	return true;
+#else
+	return false;
+#endif
+}
+
+void pmskb_udp_flow(const struct sk_buff *skb, struct pmskb_flow *flow)
+{
+	memset(flow, 0, sizeof(*flow));
+	flow->peer_port = ntohs(udp_hdr(skb)->source);
+	flow->local_port = ntohs(udp_hdr(skb)->dest);
+	if (skb->protocol == htons(ETH_P_IPV6)) {
+		flow->version = 6;
+		memcpy(flow->peer, &ipv6_hdr(skb)->saddr, 16);
+		memcpy(flow->local, &ipv6_hdr(skb)->daddr, 16);
+	} else {
+		flow->version = 4;
+		memcpy(flow->peer, &ip_hdr(skb)->saddr, 4);
+		memcpy(flow->local, &ip_hdr(skb)->daddr, 4);
+	}
+}
+
+/* What was received and not read is lost, and counted. True if there was anything. */
+bool pmskb_udp_drop_queues(struct sock *sk)
+{
+	struct sk_buff_head *queue = &udp_sk(sk)->reader_queue;
+	struct sk_buff *skb;
+	int size = 0;
+	bool any;
+
+	spin_lock_bh(&queue->lock);
+	spin_lock(&sk->sk_receive_queue.lock);
+	skb_queue_splice_tail_init(&sk->sk_receive_queue, queue);
+	any = !skb_queue_empty(queue);
+	/* One by one: who peeks at one is to see that it is on no list. */
+	while ((skb = __skb_dequeue(queue))) {
+		size += skb->truesize;
+		udp_drops_inc(sk);
+		kfree_skb(skb);
+	}
+	sk_mem_uncharge(sk, size);
+	atomic_sub(size, &sk->sk_rmem_alloc);
+	spin_unlock(&sk->sk_receive_queue.lock);
+	spin_unlock_bh(&queue->lock);
+	return any;
 }

@@ -107,7 +107,8 @@ struct pmskb_skb_facts {
 	int sdif;
 	u8 ip_summed;
 	u8 csum_complete_sw;	/* csum was computed by this host */
-	u8 merged;		/* GSO or GRO, or has a frag list */
+	u8 merged;		/* GSO or GRO */
+	u8 fragments;		/* IP fragments, in a list */
 	u8 fraglist_gso;
 	u8 readable;
 	u8 shared;
@@ -135,7 +136,13 @@ struct pmskb_flow {
 #define PMSKB_TCP_CLOSE 7
 #define PMSKB_TCP_LISTEN 10
 
-#define PMSKB_LAYOUT_NR 20
+/* Of other headers, for Rust. */
+#define PMSKB_SOL_UDP 17
+#define PMSKB_UDP_ENCAP 100
+#define PMSKB_SOL_IPV6 41
+#define PMSKB_IPV6_ADDRFORM 1
+
+#define PMSKB_LAYOUT_NR 22
 /*
  * After source NAT at LOCAL_IN (100), which changes what a socket is looked up by; before
  * what modules of rules, connection tracking helpers and its confirm do later.
@@ -203,10 +210,11 @@ void pmskb_migrate_disable(void);
 void pmskb_migrate_enable(void);
 void pmskb_rcu_settle(void);
 u32 pmskb_wsum_add(u32 sum, u32 next, int offset);
-void pmskb_skb_queued_facts(struct sk_buff *skb, struct pmskb_skb_facts *f);
+void pmskb_skb_queued_facts(struct sk_buff *skb, bool tcp, struct pmskb_skb_facts *f);
 struct sock *pmskb_full_sock(struct sock *sk);
 void pmskb_flow(const struct sock *sk, struct pmskb_flow *flow);
 bool pmskb_is_tcp(const struct socket *sock);
+bool pmskb_is_udp(const struct socket *sock);
 unsigned int pmskb_hook_v4(void *priv, struct sk_buff *skb, const struct nf_hook_state *state);
 unsigned int pmskb_hook_v6(void *priv, struct sk_buff *skb, const struct nf_hook_state *state);
 void pmskb_net_reap(void);
@@ -218,5 +226,34 @@ bool pmskb_sk_drop_queues(struct sock *sk);
 bool pmskb_sock_tryget(struct sock *sk);
 void pmskb_sk_prot_set(struct sock *sk, struct proto *prot);
 void pmskb_ulp_forget(struct sock *sk, struct proto *prot);
+void pmskb_sk_set_error(struct sock *sk, int err);
+
+/* UDP. */
+struct proto_ops;
+/* By what a socket is called: UDP's own of a family, or ours. */
+struct pmskb_udp_calls {
+	struct proto *prot;
+	const struct proto_ops *ops;
+};
+
+int pmskb_udp_learn(bool v6, struct pmskb_udp_calls *calls);
+int pmskb_udp_install(struct socket *sock, const struct pmskb_udp_calls *udp,
+		      const struct pmskb_udp_calls *ours, void *data);
+void pmskb_udp_restore(struct sock *sk, struct proto *udp);
+void *pmskb_udp_data(const struct sock *sk);
+struct sock *pmskb_udp4_lookup(struct net *net, struct sk_buff *skb, __be32 saddr, __be16 sport,
+			       __be32 daddr, __be16 dport, int dif, int sdif);
+struct sock *pmskb_udp6_lookup(struct net *net, struct sk_buff *skb,
+			       const struct in6_addr *saddr, __be16 sport,
+			       const struct in6_addr *daddr, __be16 dport, int dif, int sdif);
+void pmskb_skb_lend_sock(struct sk_buff *skb, struct sock *sk);
+struct sk_buff *pmskb_udp_peek(struct sock *sk, int flags, int *err);
+bool pmskb_udp_is_right(struct sk_buff *skb);
+void pmskb_udp_discard(struct sock *sk, struct sk_buff *skb);
+bool pmskb_udp_take(struct sock *sk, struct sk_buff *skb);
+void pmskb_udp_tell(struct sock *sk, struct msghdr *msg, struct sk_buff *skb);
+bool pmskb_udp_tell_mtu(struct sock *sk, struct msghdr *msg);
+void pmskb_udp_flow(const struct sk_buff *skb, struct pmskb_flow *flow);
+bool pmskb_udp_drop_queues(struct sock *sk);
 
 #endif

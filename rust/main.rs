@@ -10,8 +10,12 @@
 //! | `skb.rs` | `sk_buff`, wrapped |
 //! | `note.rs` | what is remembered of each placed packet until it is received |
 //! | `sock.rs` | `sock`, wrapped |
-//! | `ulp.rs` | the TCP upper layer protocol: attach, clone, options, close |
-//! | `receive.rs` | packet descriptors |
+//! | `attach.rs` | attached sockets: what they have, options, letting go |
+//! | `ulp.rs` | the TCP upper layer protocol: init, clone, calls of TCP sockets |
+//! | `udp.rs` | UDP sockets: coming to us, calls |
+//! | `descriptor.rs` | packet descriptors, from what is in a receive queue |
+//! | `receive.rs` | TCP's `recvmsg()` in descriptor mode |
+//! | `datagram.rs` | UDP's `recvmsg()` in descriptor mode |
 //! | `token.rs` | a socket's holds |
 //! | `submit.rs` | arrays of operations: put, delete, release |
 //! | `uapi.rs` | structures of the interface |
@@ -27,15 +31,20 @@
 //! | `page.rs` | struct pages of a run of frames, and their base references |
 //! | `region.rs` | the DAX memory of one device |
 //! | `vma.rs` | mappings in user space |
+//! | `cell.rs` | statics that C code wants pointers to |
 //! | `lock.rs` | a spinlock that softirqs may take |
 //! | `inject.rs` | allocations that fail on purpose, in builds for tests only |
 //! | `core/` | format, log, index, commit, recovery: the same files as in user space |
 
 use kernel::prelude::*;
 
+mod attach;
 mod bindings;
 mod buffer;
+mod cell;
 mod control;
+mod datagram;
+mod descriptor;
 mod device;
 mod file;
 mod frame;
@@ -60,6 +69,7 @@ mod store;
 mod submit;
 mod token;
 mod uapi;
+mod udp;
 mod ulp;
 mod upkeep;
 mod vma;
@@ -67,7 +77,7 @@ mod vma;
 #[pin_data]
 struct Pmskb {
     /// Goes first: nobody places packets any more.
-    ulp: ulp::Registered,
+    sockets: attach::Registered,
     #[pin]
     control: control::Control,
     /// Goes last: the others use them.
@@ -97,7 +107,7 @@ impl kernel::InPlaceModule for Pmskb {
         store::init();
         device::init();
         try_pin_init!(Self {
-            ulp: ulp::Registered::new()?,
+            sockets: attach::Registered::new()?,
             control <- control::Control::new(),
             lists: Lists,
             // Last: it cannot be undone if the module fails to load after it.

@@ -3,7 +3,7 @@
 //! The LOCAL_IN hook: moves a packet's bytes into frames.
 //!
 //! One pass over the payload: the copy, and with it the checksum where it cannot be had without.
-//! The skb stays the same, so every later hook, and TCP, go on with it; it only gets a new body:
+//! The skb stays the same, so every later hook, TCP and UDP go on with it; it only gets a new body:
 //! a head without tailroom, and one fragment a frame. Whatever does not work out leaves the packet
 //! as it was, and is counted; nothing is dropped.
 //!
@@ -19,13 +19,15 @@
 //! sum by its headers ([`derive`]). The first ones of a socket, and then one in 64, are computed
 //! too; if they differ, that device's word is not taken any more ([`Distrusted`]). Where no device
 //! has looked, the sum is computed in the copy and held against the headers: the stack need not
-//! read the payload again, and the sum is the sender's as well. All else is computed.
+//! read the payload again, and the sum is the sender's as well. All else is computed, and so is
+//! a datagram that says that it has no checksum.
 //!
 //! # Lock order
 //!
 //! `Ctx::rx`, then the locks of frames and heads. `HOOKS` before any socket's lock.
 
 use crate::{
+    attach::Rx,
     bindings as ext,
     frame::{Frame, FrameArea},
     note::{self, Note},
@@ -36,7 +38,7 @@ use crate::{
     },
     sock::{self, Family, Found, Net, Tuple},
     store::Store,
-    ulp::Rx,
+    udp,
 };
 use core::mem::MaybeUninit;
 use kernel::{
@@ -307,20 +309,25 @@ impl Distrusted {
 
 // ---- one segment ----
 
-/// A TCP segment with payload.
+/// A TCP segment, or a UDP datagram, with payload.
 struct Segment {
     tuple: Tuple,
-    /// From the network header: where the TCP header starts, and where the payload does.
+    protocol: u8,
+    /// From the network header: where the transport header starts, and where the payload does.
     transport: u32,
     payload: u32,
     /// Bytes of payload.
     len: u32,
+    /// TCP's number of the first of them.
     seq: u32,
+    /// TCP resets the connection.
     reset: bool,
+    /// The header has a checksum: of UDP it may say that there is none.
+    has_sum: bool,
 }
 
 impl Segment {
-    /// None if it is not one. Trusts no length of the packet's.
+    /// None if it is neither. Trusts no length of the packet's.
     fn parse(skb: &Arriving<'_>, family: Family) -> Option<Self> {
         let mut src = [0; 16];
         let mut dst = [0; 16];
@@ -344,40 +351,68 @@ impl Segment {
                 src.copy_from_slice(ip.get(8..24)?);
                 dst.copy_from_slice(ip.get(24..40)?);
                 match ip[6] {
-                    TCP => (TCP, 40),
+                    protocol @ (TCP | UDP) => (protocol, 40),
                     next => skb.skip_extensions(40, next)?,
                 }
             }
         };
-        if protocol != TCP {
-            return None;
-        }
-        let tcp = skb.header::<20>(transport)?;
-        let [sp0, sp1, dp0, dp1, q0, q1, q2, q3, _, _, _, _, doff, flags, ..] = tcp;
-        if doff >> 4 < 5 {
-            return None;
-        }
-        let payload = transport.checked_add(u32::from(doff >> 4) * 4)?;
-        // IP has trimmed what is beyond its own length.
-        let len = skb.len().checked_sub(payload).filter(|len| *len > 0)?;
-        let syn = u32::from(flags >> 1 & 1);
-        Some(Self {
+        let segment = Self {
             tuple: Tuple {
                 family,
                 src,
                 dst,
-                src_port: u16::from_be_bytes([sp0, sp1]),
-                dst_port: u16::from_be_bytes([dp0, dp1]),
+                src_port: 0,
+                dst_port: 0,
                 iif: 0,
                 sdif: 0,
             },
+            protocol,
             transport,
-            payload,
-            len,
-            // A SYN takes a number itself.
-            seq: u32::from_be_bytes([q0, q1, q2, q3]).wrapping_add(syn),
-            reset: flags & 4 != 0,
-        })
+            payload: 0,
+            len: 0,
+            seq: 0,
+            reset: false,
+            has_sum: true,
+        };
+        match protocol {
+            TCP => segment.tcp(skb),
+            UDP => segment.udp(skb),
+            _ => None,
+        }
+    }
+
+    fn tcp(mut self, skb: &Arriving<'_>) -> Option<Self> {
+        let tcp = skb.header::<20>(self.transport)?;
+        let [sp0, sp1, dp0, dp1, q0, q1, q2, q3, _, _, _, _, doff, flags, ..] = tcp;
+        if doff >> 4 < 5 {
+            return None;
+        }
+        self.tuple.src_port = u16::from_be_bytes([sp0, sp1]);
+        self.tuple.dst_port = u16::from_be_bytes([dp0, dp1]);
+        self.payload = self.transport.checked_add(u32::from(doff >> 4) * 4)?;
+        // IP has trimmed what is beyond its own length.
+        self.len = skb.len().checked_sub(self.payload).filter(|len| *len > 0)?;
+        let syn = u32::from(flags >> 1 & 1);
+        // A SYN takes a number itself.
+        self.seq = u32::from_be_bytes([q0, q1, q2, q3]).wrapping_add(syn);
+        self.reset = flags & 4 != 0;
+        Some(self)
+    }
+
+    fn udp(mut self, skb: &Arriving<'_>) -> Option<Self> {
+        let [sp0, sp1, dp0, dp1, l0, l1, c0, c1] = skb.header::<8>(self.transport)?;
+        self.tuple.src_port = u16::from_be_bytes([sp0, sp1]);
+        self.tuple.dst_port = u16::from_be_bytes([dp0, dp1]);
+        self.payload = self.transport.checked_add(8)?;
+        self.len = skb.len().checked_sub(self.payload).filter(|len| *len > 0)?;
+        // UDP trims what is beyond its own length and drops what is shorter, which is left to it,
+        // as are jumbograms. Where datagrams were merged it is that of all.
+        let length = u32::from(u16::from_be_bytes([l0, l1]));
+        if length != self.len.checked_add(8)? {
+            return None;
+        }
+        self.has_sum = [c0, c1] != [0, 0];
+        Some(self)
     }
 
     fn pseudo(&self) -> Sum {
@@ -386,14 +421,15 @@ impl Segment {
             Family::V4 => {
                 let [s0, s1, s2, s3, ..] = self.tuple.src;
                 let [d0, d1, d2, d3, ..] = self.tuple.dst;
-                csum::pseudo_v4([s0, s1, s2, s3], [d0, d1, d2, d3], TCP, len)
+                csum::pseudo_v4([s0, s1, s2, s3], [d0, d1, d2, d3], self.protocol, len)
             }
-            Family::V6 => csum::pseudo_v6(&self.tuple.src, &self.tuple.dst, TCP, len),
+            Family::V6 => csum::pseudo_v6(&self.tuple.src, &self.tuple.dst, self.protocol, len),
         }
     }
 }
 
 const TCP: u8 = 6;
+const UDP: u8 = 17;
 
 /// What is known of a payload's sum without reading it.
 enum Sums {
@@ -409,7 +445,7 @@ enum Sums {
 
 /// What the headers and the device say of the payload's sum. The headers are linear.
 fn derive(skb: &Arriving<'_>, segment: &Segment, facts: &Facts) -> Sums {
-    if facts.merged != 0 {
+    if facts.merged != 0 || !segment.has_sum {
         return Sums::Nothing;
     }
     let Some(headers) = skb.front(segment.payload) else {
@@ -420,6 +456,8 @@ fn derive(skb: &Arriving<'_>, segment: &Segment, facts: &Facts) -> Sums {
     };
     match facts.ip_summed {
         CHECKSUM_NONE => Sums::Unverified,
+        // The device saw no more than the fragments.
+        _ if facts.fragments != 0 => Sums::Nothing,
         CHECKSUM_UNNECESSARY => Sums::Derived(csum::payload_of(segment.pseudo(), transport)),
         // Summed by software it is no more than what we could compute.
         CHECKSUM_COMPLETE if facts.csum_complete_sw == 0 => {
@@ -550,9 +588,15 @@ fn place(
         Sums::Hardware(known) => (known, ext::pmskb_csum_kind_PMSKB_CSUM_HARDWARE as u8),
     };
     let (time, source) = stamp(facts);
+    let seq = if segment.protocol == UDP {
+        rx.datagrams = rx.datagrams.wrapping_add(1);
+        rx.datagrams
+    } else {
+        segment.seq
+    };
     let note = Note {
         time,
-        seq: segment.seq,
+        seq,
         pkt_len: segment.len,
         pkt_off: 0,
         offset: 0,
@@ -628,11 +672,20 @@ fn arrived(skb: &mut Arriving<'_>, net: Net, family: Family) {
     let Some(mut segment) = Segment::parse(skb, family) else {
         return;
     };
+    if segment.protocol == UDP && !udp::any_attached() {
+        return;
+    }
     let facts = skb.facts(family);
     segment.tuple.iif = facts.iif;
     segment.tuple.sdif = facts.sdif;
     let mut owner = skb.owner();
-    if owner.is_null() {
+    if owner.is_null() && segment.protocol == UDP {
+        if !skb.start_at_transport(segment.transport, segment.payload) {
+            return;
+        }
+        owner = sock::datagram_socket(net, skb, &segment.tuple);
+        skb.start_at_network(segment.transport);
+    } else if owner.is_null() {
         if let Some(found) = Found::established(net, &segment.tuple) {
             found.leave_in(skb);
             owner = skb.owner();
@@ -819,19 +872,29 @@ fn unhook(mut which: impl FnMut(&Hooked) -> bool) {
     });
 }
 
+/// Hooks may be registered while this lives.
+pub(crate) struct Started(());
+
 /// At module init, once.
-pub(crate) fn start() -> Result {
+pub(crate) fn start() -> Result<Started> {
     // SAFETY: Called once, says the comment.
     unsafe { HOOKS.init() };
     // SAFETY: At module init.
-    to_result(unsafe { ext::pmskb_net_start() })
+    to_result(unsafe { ext::pmskb_net_start() })?;
+    Ok(Started(()))
 }
 
-/// At module exit: afterwards no hook is registered, or runs.
-pub(crate) fn stop() {
-    // SAFETY: May sleep here.
-    unsafe { ext::pmskb_net_stop() };
-    *HOOKS.lock() = KVec::new();
+impl Drop for Started {
+    /// At module exit: afterwards no hook is registered, or runs.
+    fn drop(&mut self) {
+        // SAFETY: May sleep here.
+        unsafe { ext::pmskb_net_stop() };
+        *HOOKS.lock() = KVec::new();
+        // Contexts that are still waiting for their grace period are freed by the kernel's own
+        // code; what still runs under RCU is ours.
+        // SAFETY: May sleep here.
+        unsafe { ext::pmskb_rcu_settle() };
+    }
 }
 
 #[kunit_tests(pmskb_place)]
@@ -857,16 +920,20 @@ mod tests {
     }
 
     impl Wire {
-        /// With a right checksum. `options`: words of TCP options, and of IPv4 options.
-        fn new(family: Family, options: usize, len: usize) -> Result<Self> {
-            let mut bytes = KVec::new();
-            let tcp_len = 20 + options * 4 + len;
-            let transport = match family {
+        /// The header of IP; where it ends. `options`: words of IPv4 options.
+        fn network(
+            bytes: &mut KVec<u8>,
+            family: Family,
+            protocol: u8,
+            options: usize,
+            len: usize,
+        ) -> Result<usize> {
+            Ok(match family {
                 Family::V4 => {
-                    let total = (20 + options * 4 + tcp_len) as u16;
+                    let total = (20 + options * 4 + len) as u16;
                     bytes.extend_from_slice(&[0x45 + options as u8, 0], GFP_KERNEL)?;
                     bytes.extend_from_slice(&total.to_be_bytes(), GFP_KERNEL)?;
-                    bytes.extend_from_slice(&[0, 0, 0, 0, 64, TCP, 0, 0], GFP_KERNEL)?;
+                    bytes.extend_from_slice(&[0, 0, 0, 0, 64, protocol, 0, 0], GFP_KERNEL)?;
                     bytes.extend_from_slice(&[10, 1, 2, 3, 10, 4, 5, 6], GFP_KERNEL)?;
                     for _ in 0..options {
                         bytes.extend_from_slice(&[1, 1, 1, 1], GFP_KERNEL)?;
@@ -875,14 +942,55 @@ mod tests {
                 }
                 Family::V6 => {
                     bytes.extend_from_slice(&[0x60, 0, 0, 0], GFP_KERNEL)?;
-                    bytes.extend_from_slice(&(tcp_len as u16).to_be_bytes(), GFP_KERNEL)?;
-                    bytes.extend_from_slice(&[TCP, 64], GFP_KERNEL)?;
+                    bytes.extend_from_slice(&(len as u16).to_be_bytes(), GFP_KERNEL)?;
+                    bytes.extend_from_slice(&[protocol, 64], GFP_KERNEL)?;
                     for at in 0..32 {
                         bytes.push(0xe0 ^ at, GFP_KERNEL)?;
                     }
                     40
                 }
+            })
+        }
+
+        /// Its checksum, not by what is tested: by its definition. Its field is 0.
+        fn checksum(bytes: &[u8], family: Family, protocol: u8, transport: usize) -> Result<u16> {
+            let mut all = KVec::new();
+            let addresses = if family == Family::V4 { 12..20 } else { 8..40 };
+            let len = (bytes.len() - transport) as u16;
+            all.extend_from_slice(&bytes[addresses], GFP_KERNEL)?;
+            all.extend_from_slice(&[0, protocol], GFP_KERNEL)?;
+            all.extend_from_slice(&len.to_be_bytes(), GFP_KERNEL)?;
+            all.extend_from_slice(&bytes[transport..], GFP_KERNEL)?;
+            Ok(!reference(&all))
+        }
+
+        /// A datagram with a right checksum. `options`: words of IPv4 options.
+        fn datagram(family: Family, options: usize, payload: &[u8]) -> Result<Self> {
+            let mut bytes = KVec::new();
+            let len = 8 + payload.len();
+            let transport = Self::network(&mut bytes, family, UDP, options, len)?;
+            bytes.extend_from_slice(&[0x12, 0x34, 0, 53], GFP_KERNEL)?;
+            bytes.extend_from_slice(&(len as u16).to_be_bytes(), GFP_KERNEL)?;
+            bytes.extend_from_slice(&[0, 0], GFP_KERNEL)?;
+            bytes.extend_from_slice(payload, GFP_KERNEL)?;
+            // 0 would say that there is none.
+            let field = match Self::checksum(&bytes, family, UDP, transport)? {
+                0 => 0xffff,
+                field => field,
             };
+            bytes[transport + 6..transport + 8].copy_from_slice(&field.to_be_bytes());
+            Ok(Self {
+                bytes,
+                transport,
+                payload: transport + 8,
+            })
+        }
+
+        /// A segment with a right checksum. `options`: words of TCP options, and of IPv4 options.
+        fn new(family: Family, options: usize, len: usize) -> Result<Self> {
+            let mut bytes = KVec::new();
+            let tcp_len = 20 + options * 4 + len;
+            let transport = Self::network(&mut bytes, family, TCP, options, tcp_len)?;
             bytes.extend_from_slice(&[0x12, 0x34, 0, 80], GFP_KERNEL)?;
             bytes.extend_from_slice(&[0xff, 0xff, 0xff, 0xfe, 1, 2, 3, 4], GFP_KERNEL)?;
             bytes.extend_from_slice(&[(5 + options as u8) << 4, 0x18, 7, 7], GFP_KERNEL)?;
@@ -892,14 +1000,7 @@ mod tests {
             }
             let payload = bytes.len();
             bytes.extend_from_slice(&PAYLOAD[..len], GFP_KERNEL)?;
-            // Not by what is tested: by its definition.
-            let mut all = KVec::new();
-            let addresses = if family == Family::V4 { 12..20 } else { 8..40 };
-            all.extend_from_slice(&bytes[addresses], GFP_KERNEL)?;
-            all.extend_from_slice(&[0, TCP], GFP_KERNEL)?;
-            all.extend_from_slice(&(tcp_len as u16).to_be_bytes(), GFP_KERNEL)?;
-            all.extend_from_slice(&bytes[transport..], GFP_KERNEL)?;
-            let field = !reference(&all);
+            let field = Self::checksum(&bytes, family, TCP, transport)?;
             bytes[transport + 16..transport + 18].copy_from_slice(&field.to_be_bytes());
             Ok(Self {
                 bytes,
@@ -964,9 +1065,10 @@ mod tests {
             if 60 > 20 + options * 4 + len {
                 assert!(parses(wire.transport + 12, 0xf0, 0)?.is_none());
             }
-            // UDP.
+            // SCTP; and UDP, whose length is not where TCP has a sequence number.
             let protocol = if family == Family::V4 { 9 } else { 6 };
-            assert!(parses(protocol, 17, 0)?.is_none());
+            assert!(parses(protocol, 132, 0)?.is_none());
+            assert!(parses(protocol, UDP, 0)?.is_none());
             if family == Family::V4 {
                 assert!(parses(0, 0x44, 0)?.is_none());
             }
@@ -974,6 +1076,88 @@ mod tests {
             let syn = parses(wire.transport + 13, 0x1a, 0)?.ok_or(EINVAL)?;
             assert_eq!(syn.seq, 0xffff_ffff);
             assert!(parses(wire.transport + 13, 0x1c, 0)?.ok_or(EINVAL)?.reset);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn datagrams_are_told_from_what_is_none() -> Result {
+        for (family, options, len) in SHAPES {
+            let wire = Wire::datagram(family, options, &PAYLOAD[..len])?;
+            let mut packet = wire.packet()?;
+            let datagram = Segment::parse(&packet.arriving(), family).ok_or(EINVAL)?;
+            assert_eq!(datagram.protocol, UDP);
+            assert_eq!(datagram.transport as usize, wire.transport);
+            assert_eq!(datagram.payload as usize, wire.payload);
+            assert_eq!(datagram.len as usize, len);
+            assert_eq!(datagram.tuple.src_port, 0x1234);
+            assert_eq!(datagram.tuple.dst_port, 53);
+            assert!(datagram.has_sum && !datagram.reset);
+
+            // With other bytes at `at`, and `cut` fewer or one more at the end.
+            let parses = |at: usize, new: [u8; 2], cut: usize| -> Result<Option<Segment>> {
+                let mut bytes = KVec::new();
+                bytes.extend_from_slice(&wire.bytes, GFP_KERNEL)?;
+                bytes[at..at + 2].copy_from_slice(&new);
+                bytes.truncate(wire.bytes.len() - cut);
+                let mut packet = Packet::new(&bytes, 20)?;
+                let datagram = Segment::parse(&packet.arriving(), family);
+                Ok(datagram)
+            };
+            let at = wire.transport + 4;
+            let length = |n: usize| (n as u16).to_be_bytes();
+            assert!(parses(at, length(8 + len), 0)?.is_some());
+            // No payload; half a header; lengths that are not those of the packet.
+            assert!(parses(at, length(8), len)?.is_none());
+            assert!(parses(at, length(8 + len), len + 1)?.is_none());
+            for wrong in [0, 7, 8, 7 + len, 9 + len, 0xffff] {
+                assert!(parses(at, length(wrong), 0)?.is_none());
+            }
+            // No checksum.
+            assert!(!parses(at + 2, [0, 0], 0)?.ok_or(EINVAL)?.has_sum);
+            assert!(parses(at + 2, [0, 1], 0)?.ok_or(EINVAL)?.has_sum);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_datagrams_sum_is_derived_unless_it_has_none() -> Result {
+        // The last is one whose checksum comes out as 0, and is written 0xffff.
+        let mut zero = [1, 2, 0, 0];
+        let wire = Wire::datagram(Family::V4, 0, &zero)?;
+        zero[2..].copy_from_slice(&wire.bytes[26..28]);
+        let wire = Wire::datagram(Family::V4, 0, &zero)?;
+        assert!(wire.bytes[26..28] == [0xff, 0xff]);
+        // The shapes, and then that one.
+        for at in 0..=SHAPES.len() {
+            let (family, options, payload) = match SHAPES.get(at) {
+                Some((family, options, len)) => (*family, *options, &PAYLOAD[..*len]),
+                None => (Family::V4, 0, &zero[..]),
+            };
+            let mut wire = Wire::datagram(family, options, payload)?;
+            let want = Sum::new(reference(payload));
+            let derived = |packet: &mut Packet| -> Result<Sums> {
+                let skb = packet.arriving();
+                let facts = skb.facts(family);
+                let datagram = Segment::parse(&skb, family).ok_or(EINVAL)?;
+                Ok(derive(&skb, &datagram, &facts))
+            };
+            let mut packet = wire.packet()?.summed(CHECKSUM_UNNECESSARY, 0);
+            assert!(matches!(derived(&mut packet)?, Sums::Derived(sum) if sum == want));
+            let all = u32::from(reference(&wire.bytes).to_be());
+            let mut packet = wire.packet()?.summed(CHECKSUM_COMPLETE, all);
+            assert!(matches!(derived(&mut packet)?, Sums::Hardware(sum) if sum == want));
+            let mut packet = wire.packet()?.summed(CHECKSUM_NONE, 0);
+            assert!(matches!(derived(&mut packet)?, Sums::Unverified));
+            let mut packet = wire.packet()?.summed(3, 0);
+            assert!(matches!(derived(&mut packet)?, Sums::Nothing));
+            // Whatever the device says of one without: it may only have meant that.
+            let field = wire.transport + 6;
+            wire.bytes[field..field + 2].copy_from_slice(&[0, 0]);
+            for says in [CHECKSUM_NONE, CHECKSUM_UNNECESSARY, CHECKSUM_COMPLETE, 3] {
+                let mut packet = wire.packet()?.summed(says, all);
+                assert!(matches!(derived(&mut packet)?, Sums::Nothing));
+            }
         }
         Ok(())
     }

@@ -198,6 +198,17 @@ impl Arriving<'_> {
         skb.__bindgen_anon_3.__bindgen_anon_1.destructor = Some(ext::sock_edemux);
     }
 
+    /// As [`Self::set_owner`], of a UDP socket, in the cheapest way that keeps UDP from looking
+    /// again. Only if there is no owner yet.
+    ///
+    /// # Safety
+    ///
+    /// `sk` is a UDP socket that was found under RCU, which is held until UDP has the skb.
+    pub(crate) unsafe fn lend_owner(&mut self, sk: *mut ext::sock) {
+        // SAFETY: By the type invariants, and as the caller says.
+        unsafe { ext::pmskb_skb_lend_sock(self.skb.as_ptr(), sk) };
+    }
+
     /// Tells the stack that the transport checksum has been found right.
     pub(crate) fn set_verified(&mut self) {
         // SAFETY: By the type invariants.
@@ -359,22 +370,42 @@ pub(crate) struct Part {
 ///
 /// # Invariants
 ///
-/// `skb` is valid and in the queue of a socket that is locked.
+/// `skb` is valid for `'a`, from a socket's receive queue, and its data does not change; it is a
+/// TCP socket's if `number` is none.
 pub(crate) struct Queued<'a> {
     skb: NonNull<bindings::sk_buff>,
+    number: Option<u32>,
     _locked: PhantomData<&'a bindings::sk_buff>,
 }
 
 impl Queued<'_> {
+    /// Some of a stream.
+    ///
     /// # Safety
     ///
-    /// `skb` stays in the receive queue of a socket that stays locked while the value lives.
+    /// `skb` stays in the receive queue of a TCP socket that stays locked while the value lives.
     pub(crate) unsafe fn new(skb: *mut bindings::sk_buff) -> Option<Self> {
         // INVARIANT: As the caller says.
         NonNull::new(skb).map(|skb| Self {
             skb,
+            number: None,
             _locked: PhantomData,
         })
+    }
+
+    /// A datagram; `number` tells it apart from others that are alike.
+    ///
+    /// # Safety
+    ///
+    /// There is a reference of the skb, which is from the receive queue of a UDP socket, while the
+    /// value lives.
+    pub(crate) unsafe fn datagram(skb: NonNull<bindings::sk_buff>, number: u32) -> Self {
+        // INVARIANT: As the caller says.
+        Self {
+            skb,
+            number: Some(number),
+            _locked: PhantomData,
+        }
     }
 
     /// Bytes of payload.
@@ -383,17 +414,26 @@ impl Queued<'_> {
         unsafe { (*self.skb.as_ptr()).len }
     }
 
-    /// TCP sequence number of the first byte.
+    /// TCP sequence number of the first byte; of a datagram the number that it was given.
     pub(crate) fn seq(&self) -> u32 {
-        // SAFETY: By the type invariants; TCP keeps it in the control block.
-        unsafe { ext::pmskb_skb_seq(self.skb.as_ptr()) }
+        match self.number {
+            Some(number) => number,
+            // SAFETY: By the type invariants; TCP keeps it in the control block.
+            None => unsafe { ext::pmskb_skb_seq(self.skb.as_ptr()) },
+        }
+    }
+
+    /// It is a datagram.
+    pub(crate) fn is_datagram(&self) -> bool {
+        self.number.is_some()
     }
 
     /// What there is to know about it. Only the time and `readable` mean something here.
     pub(crate) fn facts(&self) -> Facts {
         let mut facts = Facts::default();
+        let tcp = !self.is_datagram();
         // SAFETY: By the type invariants.
-        unsafe { ext::pmskb_skb_queued_facts(self.skb.as_ptr(), &mut facts) };
+        unsafe { ext::pmskb_skb_queued_facts(self.skb.as_ptr(), tcp, &mut facts) };
         facts
     }
 

@@ -3,15 +3,20 @@
 //! `sock`, wrapped.
 //!
 //! A [`Found`] socket came out of a lookup in the hook, with a reference. A [`Locked`] one is
-//! under `lock_sock()`, and only there can its receive queue and its tokens be touched. A
+//! under `lock_sock()`, and only there can its tokens be touched; a [`Stream`] is one of TCP, with
+//! its receive queue. A [`Datagram`] is the first in the receive queue of a UDP socket. A
 //! [`SocketFile`] is an open descriptor.
 
 use crate::{
+    attach::Ctx,
     bindings as ext,
     skb::{Arriving, Queued},
-    ulp::Ctx,
 };
-use core::{marker::PhantomData, ptr::NonNull};
+use core::{
+    marker::PhantomData,
+    ops::{Deref, DerefMut},
+    ptr::NonNull,
+};
 use kernel::{
     bindings,
     error::to_result,
@@ -29,6 +34,15 @@ pub(crate) enum Family {
     V6,
 }
 
+/// What a socket of ours may be.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Transport {
+    /// A byte stream.
+    Tcp,
+    /// Datagrams.
+    Udp,
+}
+
 /// Where a socket's packets come from and go to; addresses as on the wire, IPv4 ones in the first
 /// four bytes, ports as numbers.
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
@@ -43,6 +57,18 @@ pub(crate) struct Flow {
     pub(crate) peer_port: u16,
     /// Port of this end.
     pub(crate) local_port: u16,
+}
+
+impl From<&ext::pmskb_flow> for Flow {
+    fn from(raw: &ext::pmskb_flow) -> Self {
+        Self {
+            version: raw.version,
+            peer: raw.peer,
+            local: raw.local,
+            peer_port: raw.peer_port,
+            local_port: raw.local_port,
+        }
+    }
 }
 
 /// A network namespace, by address.
@@ -185,6 +211,44 @@ pub(crate) fn listener(
     }
 }
 
+/// The UDP socket that a datagram is for, if it is for one only; it is left in the packet, so that
+/// UDP does not look again, and BPF programs that select one are asked once. Null if there is none.
+/// Valid under RCU. Softirq, under RCU; the packet's data is at the transport header, which is
+/// linear, and it has no owner.
+pub(crate) fn datagram_socket(net: Net, skb: &mut Arriving<'_>, tuple: &Tuple) -> *mut ext::sock {
+    let (sport, dport) = (tuple.src_port.to_be(), tuple.dst_port.to_be());
+    // SAFETY: `net` is the hook's, RCU is held, the addresses are as long as the family's.
+    let sk = unsafe {
+        match tuple.family {
+            Family::V4 => ext::pmskb_udp4_lookup(
+                net.raw(),
+                skb.as_ptr(),
+                v4(&tuple.src),
+                sport,
+                v4(&tuple.dst),
+                dport,
+                tuple.iif,
+                tuple.sdif,
+            ),
+            Family::V6 => ext::pmskb_udp6_lookup(
+                net.raw(),
+                skb.as_ptr(),
+                tuple.src.as_ptr().cast(),
+                sport,
+                tuple.dst.as_ptr().cast(),
+                dport,
+                tuple.iif,
+                tuple.sdif,
+            ),
+        }
+    };
+    if !sk.is_null() {
+        // SAFETY: Just found, under RCU, which netfilter holds until the protocol has the packet.
+        unsafe { skb.lend_owner(sk) };
+    }
+    sk
+}
+
 /// The context of the socket that a packet is for: the socket's own, or for a request its
 /// listener's. None if it is not one of ours. Under RCU, for as long as the answer is used.
 ///
@@ -208,7 +272,7 @@ pub(crate) unsafe fn ctx_of<'rcu>(sk: *mut ext::sock) -> Option<&'rcu Ctx> {
 ///
 /// # Invariants
 ///
-/// `sk` is a valid TCP socket, locked by this thread.
+/// `sk` is a valid full socket, locked by this thread.
 pub(crate) struct Locked<'a> {
     sk: NonNull<ext::sock>,
     _sk: PhantomData<&'a mut ext::sock>,
@@ -220,7 +284,7 @@ impl<'a> Locked<'a> {
     ///
     /// # Safety
     ///
-    /// `sk` is a valid TCP socket for `'a`, and this thread has not locked it.
+    /// `sk` is a valid TCP or UDP socket for `'a`, and this thread has not locked it.
     pub(crate) unsafe fn new(sk: NonNull<ext::sock>) -> Self {
         // SAFETY: As the caller says.
         unsafe { ext::pmskb_lock_sock(sk.as_ptr()) };
@@ -232,20 +296,11 @@ impl<'a> Locked<'a> {
         }
     }
 
-    fn raw(&self) -> &ext::sock {
-        // SAFETY: By the type invariants.
-        unsafe { self.sk.as_ref() }
-    }
-
-    fn tcp(&self) -> &ext::tcp_sock {
-        // SAFETY: By the type invariants it is a TCP socket, which starts with the `sock`.
-        unsafe { self.sk.cast::<ext::tcp_sock>().as_ref() }
-    }
-
     /// Its context, if it is one of ours.
     pub(crate) fn ctx(&self) -> Option<&'a Ctx> {
-        // SAFETY: A full socket by the type invariants; a context goes with its socket, which is
-        // valid for `'a`.
+        // SAFETY: A full socket by the type invariants; a context goes when its socket is closed,
+        // with the socket locked, or later: a UDP socket is locked all the time, or its file is
+        // open.
         unsafe { Ctx::of(self.sk.as_ptr()) }
     }
 
@@ -254,18 +309,63 @@ impl<'a> Locked<'a> {
         let mut raw = ext::pmskb_flow::default();
         // SAFETY: By the type invariants.
         unsafe { ext::pmskb_flow(self.sk.as_ptr(), &mut raw) };
-        Flow {
-            version: raw.version,
-            peer: raw.peer,
-            local: raw.local,
-            peer_port: raw.peer_port,
-            local_port: raw.local_port,
-        }
+        Flow::from(&raw)
+    }
+}
+
+impl Drop for Locked<'_> {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariants.
+        unsafe { ext::release_sock(self.sk.as_ptr()) };
+    }
+}
+
+/// A TCP socket under `lock_sock()`, with its receive queue. Process context.
+///
+/// # Invariants
+///
+/// It is a TCP socket.
+pub(crate) struct Stream<'a>(Locked<'a>);
+
+impl<'a> Deref for Stream<'a> {
+    type Target = Locked<'a>;
+
+    fn deref(&self) -> &Self::Target {
+        &self.0
+    }
+}
+
+impl DerefMut for Stream<'_> {
+    fn deref_mut(&mut self) -> &mut Self::Target {
+        &mut self.0
+    }
+}
+
+impl Stream<'_> {
+    /// Locks a socket; sleeps.
+    ///
+    /// # Safety
+    ///
+    /// As [`Locked::new`], and it is a TCP socket.
+    pub(crate) unsafe fn new(sk: NonNull<ext::sock>) -> Self {
+        // SAFETY: As the caller says.
+        // INVARIANT: As the caller says.
+        Self(unsafe { Locked::new(sk) })
+    }
+
+    fn raw(&self) -> &ext::sock {
+        // SAFETY: By the type invariants.
+        unsafe { self.0.sk.as_ref() }
+    }
+
+    fn tcp(&self) -> &ext::tcp_sock {
+        // SAFETY: By the type invariants it is a TCP socket, which starts with the `sock`.
+        unsafe { self.0.sk.cast::<ext::tcp_sock>().as_ref() }
     }
 
     fn state(&self) -> u32 {
         // SAFETY: By the type invariants.
-        u32::from(unsafe { ext::pmskb_sk_state(self.sk.as_ptr()) })
+        u32::from(unsafe { ext::pmskb_sk_state(self.0.sk.as_ptr()) })
     }
 
     /// It is listening.
@@ -286,36 +386,36 @@ impl<'a> Locked<'a> {
     /// The next byte is the urgent one.
     pub(crate) fn at_urgent(&self) -> bool {
         // SAFETY: By the type invariants.
-        unsafe { ext::pmskb_tcp_at_urg(self.sk.as_ptr()) }
+        unsafe { ext::pmskb_tcp_at_urg(self.0.sk.as_ptr()) }
     }
 
     /// Urgent data is to be received in line.
     pub(crate) fn urgent_in_line(&self) -> bool {
         // SAFETY: By the type invariants.
-        unsafe { ext::pmskb_sock_urginline(self.sk.as_ptr()) }
+        unsafe { ext::pmskb_sock_urginline(self.0.sk.as_ptr()) }
     }
 
     /// Forgets the urgent mark, if it has been passed.
     pub(crate) fn urgent_passed(&mut self) {
         // SAFETY: By the type invariants.
-        unsafe { ext::pmskb_tcp_urg_passed(self.sk.as_ptr()) };
+        unsafe { ext::pmskb_tcp_urg_passed(self.0.sk.as_ptr()) };
     }
 
     /// Its queues are being repaired (TCP_REPAIR).
     pub(crate) fn in_repair(&self) -> bool {
         // SAFETY: By the type invariants.
-        unsafe { ext::pmskb_tcp_in_repair(self.sk.as_ptr()) }
+        unsafe { ext::pmskb_tcp_in_repair(self.0.sk.as_ptr()) }
     }
 
     /// What a receive answers when there is nothing to receive, and there will be nothing: bytes
     /// (0), or an errno. None if it is worth waiting.
     pub(crate) fn ended(&mut self) -> Option<Result<usize>> {
         // SAFETY: By the type invariants.
-        if unsafe { ext::pmskb_sock_flag_done(self.sk.as_ptr()) } {
+        if unsafe { ext::pmskb_sock_flag_done(self.0.sk.as_ptr()) } {
             return Some(Ok(0));
         }
         // SAFETY: By the type invariants.
-        let error = unsafe { ext::pmskb_sock_error(self.sk.as_ptr()) };
+        let error = unsafe { ext::pmskb_sock_error(self.0.sk.as_ptr()) };
         if error != 0 {
             return Some(Err(Error::from_errno(error)));
         }
@@ -332,7 +432,7 @@ impl<'a> Locked<'a> {
     /// Receiving was shut down.
     pub(crate) fn stopped(&self) -> bool {
         // SAFETY: By the type invariants.
-        unsafe { ext::pmskb_sk_rcv_shutdown(self.sk.as_ptr()) }
+        unsafe { ext::pmskb_sk_rcv_shutdown(self.0.sk.as_ptr()) }
     }
 
     /// An error is pending; it stays pending.
@@ -343,7 +443,7 @@ impl<'a> Locked<'a> {
     /// How long a receive may wait, jiffies.
     pub(crate) fn timeout(&self, noblock: bool) -> c_long {
         // SAFETY: By the type invariants.
-        unsafe { ext::pmskb_sock_rcvtimeo(self.sk.as_ptr(), noblock) }
+        unsafe { ext::pmskb_sock_rcvtimeo(self.0.sk.as_ptr(), noblock) }
     }
 
     /// How many bytes a receive waits for, at least 1.
@@ -356,8 +456,8 @@ impl<'a> Locked<'a> {
     pub(crate) fn wait(&mut self, timeout: &mut c_long) -> Result {
         // SAFETY: By the type invariants; nothing of the queue is borrowed.
         to_result(unsafe {
-            let tail = ext::pmskb_rx_tail(self.sk.as_ptr());
-            ext::sk_wait_data(self.sk.as_ptr(), timeout, tail)
+            let tail = ext::pmskb_rx_tail(self.0.sk.as_ptr());
+            ext::sk_wait_data(self.0.sk.as_ptr(), timeout, tail)
         })
     }
 
@@ -404,7 +504,7 @@ impl<'a> Locked<'a> {
         };
         desc.arg.data = (&raw mut arg).cast::<c_void>();
         // SAFETY: By the type invariants; the actor does not give up the lock.
-        let res = unsafe { ext::tcp_read_sock(self.sk.as_ptr(), &mut desc, Some(shim)) };
+        let res = unsafe { ext::tcp_read_sock(self.0.sk.as_ptr(), &mut desc, Some(shim)) };
         if res < 0 {
             return Err(Error::from_errno(res));
         }
@@ -419,7 +519,7 @@ impl<'a> Locked<'a> {
         let mut off = 0;
         let seq = self.copied_seq();
         // SAFETY: By the type invariants.
-        let skb = unsafe { ext::tcp_recv_skb(self.sk.as_ptr(), seq, &mut off) };
+        let skb = unsafe { ext::tcp_recv_skb(self.0.sk.as_ptr(), seq, &mut off) };
         // SAFETY: It is in the locked socket's queue, and nothing removes it here.
         let Some(queued) = (unsafe { Queued::new(skb) }) else {
             return Ok(0);
@@ -435,14 +535,115 @@ impl<'a> Locked<'a> {
     /// Consumes `n` bytes that are in the queue.
     pub(crate) fn skip(&mut self, n: usize) {
         // SAFETY: By the type invariants.
-        unsafe { ext::tcp_read_done(self.sk.as_ptr(), n) };
+        unsafe { ext::tcp_read_done(self.0.sk.as_ptr(), n) };
     }
 }
 
-impl Drop for Locked<'_> {
-    fn drop(&mut self) {
+/// The first datagram in the receive queue of a UDP socket, with a reference. It is still in the
+/// queue; [`Datagram::take`] it out.
+///
+/// # Invariants
+///
+/// `sk` is a UDP socket that stays for `'a`; `skb` is or was in its queue, and one reference is
+/// ours.
+pub(crate) struct Datagram<'a> {
+    sk: NonNull<ext::sock>,
+    skb: NonNull<bindings::sk_buff>,
+    _sk: PhantomData<&'a ext::sock>,
+}
+
+/// What is in a UDP socket's queue.
+pub(crate) enum First<'a> {
+    /// This one.
+    Datagram(Datagram<'a>),
+    /// Nothing, and there will be nothing: receiving was shut down.
+    End,
+}
+
+impl<'a> Datagram<'a> {
+    /// The first one; as a receive with these flags waits for it (`MSG_DONTWAIT`, the socket's
+    /// timeout, signals). Errors as such a receive, pending ones of the socket among them. Process
+    /// context; sleeps without `MSG_DONTWAIT`.
+    ///
+    /// # Safety
+    ///
+    /// `sk` is a valid UDP socket for `'a`.
+    pub(crate) unsafe fn first(sk: NonNull<ext::sock>, flags: c_int) -> Result<First<'a>> {
+        let mut err = 0;
+        // SAFETY: As the caller says.
+        let skb = unsafe { ext::pmskb_udp_peek(sk.as_ptr(), flags, &mut err) };
+        match NonNull::new(skb) {
+            // INVARIANT: As the caller says; peeking takes a reference.
+            Some(skb) => Ok(First::Datagram(Self {
+                sk,
+                skb,
+                _sk: PhantomData,
+            })),
+            None if err == 0 => Ok(First::End),
+            None => Err(Error::from_errno(err)),
+        }
+    }
+
+    /// What it is made of. `number` tells it apart from others that are alike.
+    pub(crate) fn queued(&self, number: u32) -> Queued<'_> {
         // SAFETY: By the type invariants.
-        unsafe { ext::release_sock(self.sk.as_ptr()) };
+        unsafe { Queued::datagram(self.skb, number) }
+    }
+
+    /// Its addresses and ports, the local ones as the packet has them.
+    pub(crate) fn flow(&self) -> Flow {
+        let mut raw = ext::pmskb_flow::default();
+        // SAFETY: By the type invariants.
+        unsafe { ext::pmskb_udp_flow(self.skb.as_ptr(), &mut raw) };
+        Flow::from(&raw)
+    }
+
+    /// Whether its checksum is right, if that is not known yet.
+    pub(crate) fn is_right(&self) -> bool {
+        // SAFETY: By the type invariants.
+        unsafe { ext::pmskb_udp_is_right(self.skb.as_ptr()) }
+    }
+
+    /// Drops it and counts it, as UDP does with one whose checksum is not right.
+    pub(crate) fn discard(self) {
+        // SAFETY: By the type invariants.
+        unsafe { ext::pmskb_udp_discard(self.sk.as_ptr(), self.skb.as_ptr()) };
+    }
+
+    /// Takes it out of the queue. None if somebody else has.
+    pub(crate) fn take(self) -> Option<Received<'a>> {
+        // SAFETY: By the type invariants.
+        // INVARIANT: It was in the queue, so nobody else takes it from there.
+        unsafe { ext::pmskb_udp_take(self.sk.as_ptr(), self.skb.as_ptr()) }.then(|| Received(self))
+    }
+}
+
+impl Drop for Datagram<'_> {
+    fn drop(&mut self) {
+        // SAFETY: The reference is ours.
+        unsafe { bindings::consume_skb(self.skb.as_ptr()) };
+    }
+}
+
+/// A datagram that was received.
+///
+/// # Invariants
+///
+/// We took it out of the queue.
+pub(crate) struct Received<'a>(Datagram<'a>);
+
+impl Received<'_> {
+    /// Counts it, and tells what UDP's own `recvmsg()` would beside its bytes: the sender's
+    /// address, control messages. Process context, sleeps, the socket not locked.
+    ///
+    /// # Safety
+    ///
+    /// `msg` is what `recvmsg()` was called with.
+    pub(crate) unsafe fn tell(self, msg: NonNull<bindings::msghdr>) {
+        // SAFETY: By the type invariants; `msg` as the caller says.
+        unsafe {
+            ext::pmskb_udp_tell(self.0.sk.as_ptr(), msg.as_ptr(), self.0.skb.as_ptr());
+        }
     }
 }
 
@@ -469,10 +670,23 @@ impl SocketFile {
         }
     }
 
-    /// Whether it is a TCP socket over IPv4 or IPv6.
-    pub(crate) fn is_tcp(&self) -> bool {
+    /// What it is, if it is TCP or UDP over IPv4 or IPv6.
+    pub(crate) fn transport(&self) -> Option<Transport> {
         // SAFETY: We have a reference to the file.
-        unsafe { ext::pmskb_is_tcp(self.0.as_ptr().cast()) }
+        unsafe {
+            if ext::pmskb_is_tcp(self.0.as_ptr().cast()) {
+                Some(Transport::Tcp)
+            } else if ext::pmskb_is_udp(self.0.as_ptr().cast()) {
+                Some(Transport::Udp)
+            } else {
+                None
+            }
+        }
+    }
+
+    /// The socket, for C.
+    pub(crate) fn as_ptr<T>(&self) -> *mut T {
+        self.0.as_ptr().cast()
     }
 
     /// The sock. It stays as long as the descriptor's file, to which we have a reference.

@@ -18,15 +18,15 @@
 //! phases 2 and 4 only. So the order is: a socket's lock, then the store's. Process context.
 
 use crate::{
+    attach::{self, Attached},
     bindings as ext,
     buffer::{Buffer, Sealed},
     frame::{Frame, FrameArea},
     pm::{self, csum::Sum, Pmem},
     region::Region,
-    sock::{self, errno, OptVal},
+    sock::{self, errno, OptVal, Transport},
     store::{Core, Store},
     uapi::Plain,
-    ulp::{self, Attached},
 };
 use core::mem::size_of;
 use kernel::{
@@ -396,7 +396,10 @@ fn resolve(
         ..
     } = op;
     with_socket(store, caller, *fd, |socket| {
-        meta.flow = flow(&socket.flow());
+        let udp = socket.transport() == Transport::Udp;
+        // Of several datagrams the first one's.
+        let first = exts.first().map_or(0, |ext| ext.0.token);
+        meta.flow = flow(&socket.flow(first), udp);
         for (nr, ext) in exts.iter().map(|ext| &ext.0).enumerate() {
             let held = socket.get(ext.token)?;
             let len = u32::from(held.note.len);
@@ -419,7 +422,7 @@ fn resolve(
                 before: ext.offset,
                 after,
             };
-            if nr == 0 {
+            if nr == 0 && !udp {
                 meta.tcp_seq = held.note.seq.wrapping_add(ext.offset);
             }
             if nr < *object {
@@ -496,8 +499,8 @@ fn resolve_buffer(
     Ok(())
 }
 
-/// The flow of a record, from that of a socket.
-fn flow(flow: &sock::Flow) -> Option<pm::Flow> {
+/// The flow of a record, from that of a socket or a datagram.
+fn flow(flow: &sock::Flow, udp: bool) -> Option<pm::Flow> {
     let v4 = |addr: &[u8; 16]| addr.first_chunk().copied();
     let addrs = match flow.version {
         4 => pm::Addrs::V4 {
@@ -514,7 +517,7 @@ fn flow(flow: &sock::Flow) -> Option<pm::Flow> {
         addrs,
         remote_port: flow.peer_port,
         local_port: flow.local_port,
-        udp: false,
+        udp,
     })
 }
 
@@ -767,7 +770,7 @@ fn finish(store: &Arc<Store>, caller: &mut Caller<'_, '_>, op: &mut Op, atomic: 
 }
 
 /// Calls `then` with the socket that an operation names, locked. `EXDEV` if it is attached to
-/// another store, else the errors of [`ulp::with_attached`].
+/// another store, else the errors of [`attach::with_attached`].
 fn with_socket<T>(
     store: &Arc<Store>,
     caller: &mut Caller<'_, '_>,
@@ -776,7 +779,7 @@ fn with_socket<T>(
 ) -> Result<T> {
     match caller {
         Caller::Socket(socket) => then(socket),
-        Caller::Store => ulp::with_attached(fd, |socket| {
+        Caller::Store => attach::with_attached(fd, |socket| {
             if !Arc::ptr_eq(socket.store(), store) {
                 return Err(errno(bindings::EXDEV));
             }

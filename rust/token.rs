@@ -12,7 +12,7 @@ use crate::{
     frame::{Frame, FrameArea},
     note::Note,
     region::PAGE,
-    sock::errno,
+    sock::{errno, Flow},
 };
 use kernel::{bindings, prelude::*};
 
@@ -44,6 +44,9 @@ const EMPTY: Slot = Slot {
 /// The tokens of one socket.
 pub(crate) struct Tokens {
     slots: KVVec<Slot>,
+    /// Where what each slot holds came from, if that is not the socket's own business: of a UDP
+    /// socket. As many as slots, or none.
+    flows: KVVec<Flow>,
     /// Slots in use.
     count: usize,
     next: u32,
@@ -54,6 +57,7 @@ impl Tokens {
     pub(crate) const fn new() -> Self {
         Self {
             slots: KVVec::new(),
+            flows: KVVec::new(),
             count: 0,
             // 0 is not handed out first, so that a structure left at zero is noticed.
             next: 1,
@@ -70,35 +74,43 @@ impl Tokens {
         Some(token as usize & mask)
     }
 
-    fn grow(&mut self) -> Result {
+    fn grow(&mut self, flows: bool) -> Result {
         if crate::inject::fails() {
             return Err(ENOMEM);
         }
         let size = (self.slots.len() * 2).max(FIRST);
         let mut slots = KVVec::from_elem(EMPTY, size, GFP_KERNEL_ACCOUNT)?;
-        for old in &self.slots {
+        let mut to = match flows {
+            true => KVVec::from_elem(Flow::default(), size, GFP_KERNEL_ACCOUNT)?,
+            false => KVVec::new(),
+        };
+        for (at, old) in self.slots.iter().enumerate() {
             // Two that differ in the low bits of the small table differ in those of the large one.
-            if let (Some(_), Some(slot)) =
-                (&old.held, slots.get_mut(old.token as usize & (size - 1)))
-            {
+            let new = old.token as usize & (size - 1);
+            if let (Some(_), Some(slot)) = (&old.held, slots.get_mut(new)) {
                 *slot = *old;
+                if let (Some(to), Some(flow)) = (to.get_mut(new), self.flows.get(at)) {
+                    *to = *flow;
+                }
             }
         }
         self.slots = slots;
+        self.flows = to;
         Ok(())
     }
 
-    /// A token for `held`, whose hold it takes over. Process context.
+    /// A token for `held`, whose hold it takes over; of a UDP socket with the datagram's addresses.
+    /// Process context.
     ///
     /// `ENOBUFS` if the socket has [`MAX`] tokens, `ENOMEM`; then the hold is still the caller's.
-    pub(crate) fn add(&mut self, held: Held) -> Result<u32> {
+    pub(crate) fn add(&mut self, held: Held, flow: Option<&Flow>) -> Result<u32> {
         if self.count >= MAX {
             return Err(Error::from_errno(-(bindings::ENOBUFS as i32)));
         }
         // At most three quarters full, so that a free slot is near. Old tokens that are kept may
         // still lie in a row; it cannot be longer than the table.
         if (self.count + 1) * 4 > self.slots.len() * 3 {
-            self.grow()?;
+            self.grow(flow.is_some())?;
         }
         for _ in 0..self.slots.len() {
             let token = self.next;
@@ -109,6 +121,9 @@ impl Tokens {
                     token,
                     held: Some(held),
                 };
+                if let (Some(to), Some(flow)) = (self.flows.get_mut(at), flow) {
+                    *to = *flow;
+                }
                 self.count += 1;
                 return Ok(token);
             }
@@ -123,6 +138,12 @@ impl Tokens {
             .filter(|slot| slot.token == token)
             .and_then(|slot| slot.held.as_ref())
             .ok_or(errno(bindings::ESTALE))
+    }
+
+    /// Where what a token holds came from, if it was told.
+    pub(crate) fn flow(&self, token: u32) -> Option<&Flow> {
+        self.get(token).ok()?;
+        self.flows.get(self.slot(token)?)
     }
 
     /// Takes a token out. Its hold is the caller's then, who gives it back or makes it a record's.
@@ -182,6 +203,7 @@ impl Tokens {
         }
         self.count = 0;
         self.slots = KVVec::new();
+        self.flows = KVVec::new();
         count
     }
 }
@@ -212,7 +234,7 @@ mod tests {
         assert!(is(bindings::ESTALE, tokens.get(1)));
         // Past several tables' ends.
         for n in 0..1000 {
-            assert_eq!(tokens.add(held(n))?, n + 1);
+            assert_eq!(tokens.add(held(n), None)?, n + 1);
             assert_eq!(tokens.count(), n as usize + 1);
         }
         for n in 0..1000 {
@@ -235,13 +257,43 @@ mod tests {
     }
 
     #[test]
+    fn a_flow_stays_with_its_token_when_the_table_grows() -> Result {
+        let flow = |n: u32| Flow {
+            version: 4,
+            peer_port: n as u16,
+            ..Flow::default()
+        };
+        let mut tokens = Tokens::new();
+        let mut given = KVec::new();
+        for n in 0..1000 {
+            // Not one after the other: slots of those that are kept are passed over.
+            let token = tokens.add(held(n), Some(&flow(n)))?;
+            given.push(token, GFP_KERNEL)?;
+            if n % 3 == 0 {
+                tokens.take(token)?;
+                assert!(tokens.flow(token).is_none());
+            }
+        }
+        for (n, token) in given.iter().enumerate() {
+            let want = (n % 3 != 0).then(|| flow(n as u32));
+            assert!(tokens.flow(*token).copied() == want);
+        }
+        assert!(tokens.flow(0).is_none());
+        // A stream's tokens have none.
+        let mut tokens = Tokens::new();
+        let token = tokens.add(held(1), None)?;
+        assert!(tokens.flow(token).is_none());
+        Ok(())
+    }
+
+    #[test]
     fn one_that_is_kept_is_no_obstacle_when_the_numbers_come_around() -> Result {
         let mut tokens = Tokens::new();
-        let kept = tokens.add(held(77))?;
+        let kept = tokens.add(held(77), None)?;
         tokens.next = u32::MAX - 5;
         let mut last = 0;
         for n in 0..1000 {
-            let token = tokens.add(held(n))?;
+            let token = tokens.add(held(n), None)?;
             assert!(token != kept && token != last);
             assert_eq!(tokens.take(token)?.frame.0, n);
             last = token;
@@ -255,14 +307,14 @@ mod tests {
     fn there_are_no_more_than_may_be() -> Result {
         let mut tokens = Tokens::new();
         for n in 0..MAX as u32 {
-            tokens.add(held(n))?;
+            tokens.add(held(n), None)?;
         }
-        assert!(is(bindings::ENOBUFS, tokens.add(held(0))));
+        assert!(is(bindings::ENOBUFS, tokens.add(held(0), None)));
         assert_eq!(tokens.count(), MAX);
         assert_eq!(tokens.take(4711)?.frame.0, 4710);
-        let token = tokens.add(held(5))?;
+        let token = tokens.add(held(5), None)?;
         assert_eq!(tokens.get(token)?.frame.0, 5);
-        assert!(is(bindings::ENOBUFS, tokens.add(held(0))));
+        assert!(is(bindings::ENOBUFS, tokens.add(held(0), None)));
         Ok(())
     }
 }

@@ -275,7 +275,7 @@ TEST_F(sock, a_socket_is_attached_once)
 	conn_close(&c);
 }
 
-TEST_F(sock, what_is_no_tcp_socket_is_refused)
+TEST_F(sock, what_is_neither_tcp_nor_udp_is_refused)
 {
 	struct {
 		const char *what;
@@ -285,8 +285,8 @@ TEST_F(sock, what_is_no_tcp_socket_is_refused)
 		{ "negative", -1, -EBADF },
 		{ "the store itself", self->s.fd, -ENOTSOCK },
 		{ "a file", open("/proc/self/exe", O_RDONLY), -ENOTSOCK },
-		{ "UDP", socket(AF_INET, SOCK_DGRAM, 0), -EOPNOTSUPP },
-		{ "UDP over IPv6", socket(AF_INET6, SOCK_DGRAM, 0), -EOPNOTSUPP },
+		{ "ping", socket(AF_INET, SOCK_DGRAM, IPPROTO_ICMP), -EOPNOTSUPP },
+		{ "unix datagrams", socket(AF_UNIX, SOCK_DGRAM, 0), -EOPNOTSUPP },
 		{ "unix stream", socket(AF_UNIX, SOCK_STREAM, 0), -EOPNOTSUPP },
 		{ "netlink", socket(AF_NETLINK, SOCK_RAW, 0), -EOPNOTSUPP },
 		{ "raw", socket(AF_INET, SOCK_RAW, IPPROTO_ICMP), -EOPNOTSUPP },
@@ -305,6 +305,31 @@ TEST_F(sock, what_is_no_tcp_socket_is_refused)
 		EXPECT_NE(0, sock_ulp(t[i].fd)) TH_LOG("%s", t[i].what);
 		close(t[i].fd);
 	}
+}
+
+TEST_F(sock, an_attached_socket_stays_one_of_ipv6)
+{
+	struct sockaddr_in6 mapped = { .sin6_family = AF_INET6 };
+	struct sockaddr_storage addr;
+	int l, fd, to = AF_INET;
+	socklen_t len;
+
+	/* What IPV6_ADDRFORM would take: connected, and to an address of IPv4. */
+	l = net_listen(&self->net, &addr, &len);
+	ASSERT_LE(0, l);
+	inet_pton(AF_INET6, "::ffff:127.0.0.1", &mapped.sin6_addr);
+	mapped.sin6_port = ((struct sockaddr_in *)&addr)->sin_port;
+	fd = socket(AF_INET6, SOCK_STREAM, 0);
+	ASSERT_EQ(0, connect(fd, (void *)&mapped, sizeof(mapped)));
+	ASSERT_EQ(0, sock_attach_ioctl(fd, self->s.fd));
+	EXPECT_EQ(EBUSY, ERRNO(setsockopt(fd, IPPROTO_IPV6, IPV6_ADDRFORM, &to, sizeof(to))));
+	close(fd);
+	/* One that is not attached may. */
+	fd = socket(AF_INET6, SOCK_STREAM, 0);
+	ASSERT_EQ(0, connect(fd, (void *)&mapped, sizeof(mapped)));
+	EXPECT_EQ(0, ERRNO(setsockopt(fd, IPPROTO_IPV6, IPV6_ADDRFORM, &to, sizeof(to))));
+	close(fd);
+	close(l);
 }
 
 TEST_F(sock, multipath_tcp_is_refused)

@@ -395,11 +395,11 @@ int net_listen(const struct net *net, struct sockaddr_storage *addr, socklen_t *
 		inet_pton(AF_INET6, links[net->link].server6, &a6->sin6_addr);
 		*len = sizeof(*a6);
 	}
-	fd = socket(net->family, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	fd = socket(net->family, (net->type ?: SOCK_STREAM) | SOCK_CLOEXEC, 0);
 	if (fd < 0)
 		return -errno;
 	setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof(one));
-	if (bind(fd, (void *)addr, *len) || listen(fd, 512) ||
+	if (bind(fd, (void *)addr, *len) || (net->type != SOCK_DGRAM && listen(fd, 512)) ||
 	    getsockname(fd, (void *)addr, len)) {
 		int err = -errno;
 
@@ -423,7 +423,7 @@ int net_client(const struct net *net)
 		if (err)
 			return err;
 	}
-	fd = socket(net->family, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	fd = socket(net->family, (net->type ?: SOCK_STREAM) | SOCK_CLOEXEC, 0);
 	if (fd < 0)
 		err = -errno;
 	if (here >= 0) {
@@ -928,4 +928,50 @@ int driver_of(enum dev dev, char *driver, char *name, size_t size)
 		return -errno;
 	snprintf(driver, size, "%s", real);
 	return 0;
+}
+
+static int poke(const char *dir, const char *file, const char *what)
+{
+	char path[PATH_MAX];
+	int fd, err;
+
+	snprintf(path, sizeof(path), "%s/%s", dir, file);
+	fd = open(path, O_WRONLY);
+	if (fd < 0)
+		return -errno;
+	err = write(fd, what, strlen(what)) < 0 ? -errno : 0;
+	close(fd);
+	return err;
+}
+
+int driver_unbind(const char *driver, const char *name)
+{
+	pid_t pid = fork();
+	int k, st;
+
+	if (!pid)
+		_exit(poke(driver, "unbind", name) ? 1 : 0);
+	for (k = 0; k < 3000; k++) {
+		if (waitpid(pid, &st, WNOHANG) == pid)
+			return st ? -EIO : 0;
+		usleep(10000);
+	}
+	return -ETIMEDOUT;
+}
+
+int driver_bind(enum dev dev, const char *driver, const char *name)
+{
+	const char *why, *path;
+	int err = poke(driver, "bind", name), k, fd;
+
+	for (k = 0; !err && k < 500; k++) {
+		path = dev_path(dev, &why);
+		fd = path ? open(path, O_RDWR | O_CLOEXEC) : -1;
+		if (fd >= 0) {
+			close(fd);
+			return 0;
+		}
+		usleep(10000);
+	}
+	return err ?: -ENODEV;
 }

@@ -82,6 +82,10 @@ int store_quiet(const struct store *s, int ms, struct pmskb_store_info *info);
 #define STORE_SLACK 128
 /* The directory in sysfs of the driver of a region's device, and the device's name in it. */
 int driver_of(enum dev dev, char *driver, char *name, size_t size);
+/* In a process of its own: should it hang, this says so. */
+int driver_unbind(const char *driver, const char *name);
+/* Binds the driver again, and waits for the device's node. */
+int driver_bind(enum dev dev, const char *driver, const char *name);
 int store_back(const struct store *s, int ms, struct pmskb_store_info *info);
 /*
  * Takes frames away until about `left` are free, so that they are used again soon. How many
@@ -99,10 +103,12 @@ enum link { LINK_LO, LINK_VETH, LINK_PLAIN };
 struct net {
 	int family;		/* AF_INET, AF_INET6 */
 	enum link link;		/* where the client is */
+	int type;		/* SOCK_DGRAM; 0: SOCK_STREAM */
 };
 
 /* Makes namespace and interfaces, once; NULL or why not. */
 const char *net_up(enum link link);
+/* A bound socket; of streams it listens. */
 int net_listen(const struct net *net, struct sockaddr_storage *addr, socklen_t *len);
 /* A socket in the client's place, not connected. */
 int net_client(const struct net *net);

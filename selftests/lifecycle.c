@@ -579,54 +579,6 @@ TEST_F_TIMEOUT(life, every_nth_allocation_fails_and_nothing_stays_behind, 1800)
 
 /* ---- the driver leaves ---- */
 
-static int poke(const char *dir, const char *file, const char *what)
-{
-	char path[PATH_MAX];
-	int fd, err;
-
-	snprintf(path, sizeof(path), "%s/%s", dir, file);
-	fd = open(path, O_WRONLY);
-	if (fd < 0)
-		return -errno;
-	err = write(fd, what, strlen(what)) < 0 ? -errno : 0;
-	close(fd);
-	return err;
-}
-
-/* In a process of its own: should it hang, the test says so. */
-static int unbind(const char *driver, const char *name)
-{
-	pid_t pid = fork();
-	int k, st;
-
-	if (!pid)
-		_exit(poke(driver, "unbind", name) ? 1 : 0);
-	for (k = 0; k < 3000; k++) {
-		if (waitpid(pid, &st, WNOHANG) == pid)
-			return st ? -EIO : 0;
-		usleep(10000);
-	}
-	return -ETIMEDOUT;
-}
-
-/* Binds the driver again, and waits for the device's node. */
-static int bind_again(enum dev dev, const char *driver, const char *name)
-{
-	const char *why, *path;
-	int err = poke(driver, "bind", name), k, fd;
-
-	for (k = 0; !err && k < 500; k++) {
-		path = dev_path(dev, &why);
-		fd = path ? open(path, O_RDWR | O_CLOEXEC) : -1;
-		if (fd >= 0) {
-			close(fd);
-			return 0;
-		}
-		usleep(10000);
-	}
-	return err ?: -ENODEV;
-}
-
 static sigjmp_buf fault_jump;
 
 static void on_fault(int sig)
@@ -681,7 +633,7 @@ TEST_F_TIMEOUT(life, unbinding_the_driver_under_traffic_ends_in_errors_and_not_i
 	ASSERT_EQ(0, send_all(c[NR].c, "unread", 6));
 	usleep(300000);
 
-	ASSERT_EQ(0, unbind(driver, name));
+	ASSERT_EQ(0, driver_unbind(driver, name));
 
 	/* Mappings are gone. */
 	signal(SIGBUS, on_fault);
@@ -727,7 +679,7 @@ TEST_F_TIMEOUT(life, unbinding_the_driver_under_traffic_ends_in_errors_and_not_i
 	self->s.dev = -1;
 
 	/* It comes back, and has what was acknowledged. */
-	ASSERT_EQ(0, bind_again(variant->dev, driver, name)) TH_LOG("cannot bind %s to %s again", name, driver);
+	ASSERT_EQ(0, driver_bind(variant->dev, driver, name)) TH_LOG("cannot bind %s to %s again", name, driver);
 	err = store_open(&again, variant->dev);
 	ASSERT_EQ(0, err);
 	EXPECT_EQ(1, media_scan(again.map, again.map_len, NULL, NULL));
@@ -868,7 +820,7 @@ TEST_F_TIMEOUT(life, unbinding_again_and_again_under_traffic_on_every_cpu, 1800)
 			}
 			EXPECT_LT(0, si.counters.placed) TH_LOG("round %lu: connection %d has no traffic", r, i);
 		}
-		ASSERT_EQ(0, unbind(driver, name)) TH_LOG("round %lu", r);
+		ASSERT_EQ(0, driver_unbind(driver, name)) TH_LOG("round %lu", r);
 		for (i = 0; i < NR; i++) {
 			kill(snd[i].pid, SIGKILL);
 			waitpid(snd[i].pid, NULL, 0);
@@ -877,7 +829,7 @@ TEST_F_TIMEOUT(life, unbinding_again_and_again_under_traffic_on_every_cpu, 1800)
 			conn_close(&c[i]);
 		}
 		store_close(&self->s);
-		ASSERT_EQ(0, bind_again(variant->dev, driver, name)) TH_LOG("round %lu", r);
+		ASSERT_EQ(0, driver_bind(variant->dev, driver, name)) TH_LOG("round %lu", r);
 		ASSERT_EQ(0, store_make(&self->s, variant->dev, 0, 0)) TH_LOG("round %lu", r);
 	}
 	for (i = 0; i < 500 && module_references() != self->references; i++)
@@ -973,8 +925,8 @@ TEST(frames_with_errors_known_at_attach_are_counted_and_never_used)
 	conn_close(&c);
 	EXPECT_EQ(0, store_close(&s));
 	/* The driver reads the device's own list again. */
-	ASSERT_EQ(0, unbind(driver, name));
-	ASSERT_EQ(0, bind_again(DEV_PMEM, driver, name));
+	ASSERT_EQ(0, driver_unbind(driver, name));
+	ASSERT_EQ(0, driver_bind(DEV_PMEM, driver, name));
 	ASSERT_EQ(0, store_open(&s, DEV_PMEM));
 	EXPECT_EQ(0, s.info.frames_bad);
 	EXPECT_EQ(0, store_close(&s));

@@ -68,6 +68,7 @@ struct record {
 };
 
 #define REC_COPIED (1 << 8)
+#define REC_UDP (1 << 10)
 #define REC_CSUM_KIND(flags) ((flags) & 3)
 #define REC_TIME_SOURCE(flags) ((flags) >> 2 & 3)
 

@@ -105,8 +105,9 @@ enum pmskb_time_source {
  * @store: minor number of the store (/dev/pmskbN's)
  * @flags: PMSKB_DESC_*
  * @time: nanoseconds since the epoch of the clock that @time_source names
- * @seq: TCP sequence number of the extent's first byte
- * @pkt_len: payload bytes of the packet that the extent belongs to
+ * @seq: TCP sequence number of the extent's first byte; of UDP 0
+ * @pkt_len: payload bytes of the packet that the extent belongs to; of UDP, with
+ *	those of all datagrams that arrived with this one as one packet
  * @pkt_off: where in that payload the extent starts
  * @csum: Internet checksum of the packet's whole payload, as in RFC 1071 (not
  *	complemented, network byte order)
@@ -598,7 +599,7 @@ struct pmskb_alloc {
 #define PMSKB_IOC_DETACH	_IOW(PMSKB_IOC_MAGIC, 0x03, struct pmskb_detach)
 /** PMSKB_IOC_INFO - on /dev/pmskbN */
 #define PMSKB_IOC_INFO		_IOR(PMSKB_IOC_MAGIC, 0x10, struct pmskb_store_info)
-/** PMSKB_IOC_ATTACH_SOCKET - on /dev/pmskbN; the argument is the socket's fd */
+/** PMSKB_IOC_ATTACH_SOCKET - on /dev/pmskbN; points to a socket's fd, TCP or UDP */
 #define PMSKB_IOC_ATTACH_SOCKET	_IOW(PMSKB_IOC_MAGIC, 0x11, __s32)
 /** PMSKB_IOC_SUBMIT - on /dev/pmskbN; op.fd names socket or buffer */
 #define PMSKB_IOC_SUBMIT	_IOW(PMSKB_IOC_MAGIC, 0x12, struct pmskb_submit)

@@ -1,0 +1,781 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Attached sockets: what they have, what may be asked of them, how they let go.
+//!
+//! The two protocols have this in common. How a socket comes to us, and what its calls do, is in
+//! `ulp.rs` (TCP) and `udp.rs`: both replace `sk_prot`, by which a socket of ours is known, and
+//! keep the context in a place of their own.
+//!
+//! # References
+//!
+//! - Store: an attached socket has one, and counts in `Store::socket_attached`.
+//! - Both store and tokens go at `close()`; the context goes with the protocol's last use of it,
+//!   and is freed under RCU.
+//!
+//! # Lock order
+//!
+//! 1. the hooks' list (`place.rs`), before the socket's lock
+//! 2. the socket's lock
+//! 3. `SOCKETS`, the list of attached sockets
+//! 4. `Ctx::rx`, which softirqs take
+//! 5. the locks of frames and heads
+
+use crate::{
+    bindings as ext,
+    cell::Static,
+    lock::{self, SpinLockBh},
+    place::{self, Cursor, HookUse},
+    sock::{errno, Flow, Locked, Net, OptVal, SocketFile, Transport},
+    store::{Counters, Store},
+    submit,
+    token::{Held, Tokens},
+    uapi::Plain,
+    udp, ulp,
+};
+use core::{
+    cell::UnsafeCell,
+    ptr::{self, NonNull},
+};
+use kernel::{
+    bindings, c_str,
+    ffi::c_int,
+    prelude::*,
+    static_lock_class,
+    sync::{
+        atomic::{Atomic, Relaxed},
+        rcu, Arc,
+    },
+    transmute::{AsBytes, FromBytes},
+    uaccess::{UserPtr, UserSlice},
+};
+
+/// Ranges in one `PMSKB_RELEASE`.
+const MAX_RANGES: usize = 1024;
+
+/// What is under the socket's lock.
+pub(crate) struct Own {
+    /// The store, while attached.
+    pub(crate) store: Option<Arc<Store>>,
+    /// The store was removed under the socket.
+    lost: bool,
+    pub(crate) tokens: Tokens,
+    /// Where receive copies what was not placed.
+    pub(crate) cursor: Cursor,
+    /// Datagrams copied so far.
+    pub(crate) copied: u32,
+}
+
+impl Own {
+    const fn new() -> Self {
+        Self {
+            store: None,
+            lost: false,
+            tokens: Tokens::new(),
+            cursor: Cursor::new(),
+            copied: 0,
+        }
+    }
+}
+
+/// What placement uses, in softirq.
+pub(crate) struct Rx {
+    /// The store, while attached.
+    pub(crate) store: Option<Arc<Store>>,
+    /// Where the next byte goes.
+    pub(crate) cursor: Cursor,
+    /// Packets whose checksum could be had without reading them, for sampling.
+    pub(crate) underived: u64,
+    /// Datagrams placed so far: that tells those apart that are alike.
+    pub(crate) datagrams: u32,
+    /// Keeps the hooks registered.
+    hooks: Option<HookUse>,
+}
+
+/// What a socket of ours has. Freed under RCU, after everything in it has been let go.
+#[repr(C)]
+#[pin_data]
+pub(crate) struct Ctx {
+    /// First, for `kvfree_call_rcu()`.
+    rcu: bindings::callback_head,
+    link: UnsafeCell<bindings::list_head>,
+    sk: NonNull<ext::sock>,
+    transport: Transport,
+    #[pin]
+    pub(crate) rx: SpinLockBh<Rx>,
+    own: UnsafeCell<Own>,
+    mode: Atomic<u32>,
+    tokens: Atomic<u32>,
+    minor: Atomic<u32>,
+    pub(crate) counters: Counters,
+}
+
+impl Ctx {
+    /// The context of a full socket that is one of ours. For as long as RCU or the socket's lock
+    /// is held.
+    ///
+    /// # Safety
+    ///
+    /// `sk` is a full socket, and stays for `'a`; so does either RCU or the socket's lock.
+    pub(crate) unsafe fn of<'a>(sk: *mut ext::sock) -> Option<&'a Ctx> {
+        // SAFETY: As the caller says. Both answer with null or a context, which is freed under RCU,
+        // after the socket was closed.
+        unsafe {
+            let data = ulp::data(sk).or_else(|| udp::data(sk))?;
+            data.cast::<Ctx>().as_ref()
+        }
+    }
+
+    /// One that is not attached. It is the caller's, to be given up by [`Self::dispose`].
+    pub(crate) fn new(
+        sk: NonNull<ext::sock>,
+        transport: Transport,
+        flags: kernel::alloc::Flags,
+    ) -> Result<*mut Ctx> {
+        if crate::inject::fails() {
+            return Err(ENOMEM);
+        }
+        let rx = Rx {
+            store: None,
+            cursor: Cursor::new(),
+            underived: 0,
+            datagrams: 0,
+            hooks: None,
+        };
+        let own = Own::new();
+        let ctx = KBox::pin_init(
+            pin_init!(Ctx {
+                rcu: bindings::callback_head::default(),
+                link: UnsafeCell::new(bindings::list_head::default()),
+                sk,
+                transport,
+                rx <- lock::new(rx, c_str!("pmskb_rx"), static_lock_class!()),
+                own: UnsafeCell::new(own),
+                mode: Atomic::new(ext::pmskb_rx_mode_PMSKB_RX_BYTES),
+                tokens: Atomic::new(0),
+                minor: Atomic::new(u32::MAX),
+                counters: Counters::default(),
+            }),
+            flags,
+        )?;
+        // SAFETY: It is not moved until it is freed.
+        Ok(KBox::into_raw(unsafe { Pin::into_inner_unchecked(ctx) }))
+    }
+
+    /// Lets go of everything, and frees it after a grace period. Any context but hard interrupts.
+    ///
+    /// # Safety
+    ///
+    /// `raw` is from [`Self::new`]; nobody finds it any more, or has it but under RCU. The socket
+    /// is locked, or dead, or not known to anybody yet.
+    pub(crate) unsafe fn dispose(raw: *mut Ctx) {
+        // SAFETY: As the caller says: what is under the socket's lock is ours.
+        unsafe {
+            let own = &mut *(*raw).own.get();
+            (*raw).let_go(own);
+            ext::pmskb_kfree_rcu_ctx(&raw mut (*raw).rcu, raw.cast());
+        }
+    }
+
+    /// The context of a socket that this one has accepted: the same store, the same mode. Under
+    /// RCU, or with the socket locked.
+    pub(crate) fn child(&self, sk: NonNull<ext::sock>) -> Result<*mut Ctx> {
+        // Dropped last: the reference on the store below is never the last one, see `let_go`.
+        let _rcu = rcu::read_lock();
+        let (store, hooks) = {
+            let rx = self.rx.lock();
+            (rx.store.clone(), rx.hooks.clone())
+        };
+        let raw = Ctx::new(sk, self.transport, GFP_ATOMIC | __GFP_NOWARN)?;
+        // SAFETY: From `Ctx::new`, and nobody else knows it.
+        let ctx = unsafe { &*raw };
+        ctx.mode.store(self.mode(), Relaxed);
+        if let (Some(store), Some(hooks)) = (store, hooks) {
+            // SAFETY: As above.
+            let own = unsafe { &mut *ctx.own.get() };
+            if ctx.set_store(own, &store, hooks).is_err() {
+                own.lost = true;
+            }
+        }
+        Ok(raw)
+    }
+
+    /// Attaches a context that nobody knows yet. Errors as [`Self::set_store`].
+    ///
+    /// # Safety
+    ///
+    /// `raw` is from [`Self::new`], and nobody else knows it.
+    pub(crate) unsafe fn set_first_store(
+        raw: *mut Ctx,
+        store: &Arc<Store>,
+        hooks: HookUse,
+    ) -> Result {
+        // SAFETY: As the caller says.
+        unsafe {
+            let own = &mut *(*raw).own.get();
+            (*raw).set_store(own, store, hooks)
+        }
+    }
+
+    /// What is under the socket's lock.
+    pub(crate) fn own<'b>(&'b self, _locked: &'b mut Locked<'_>) -> &'b mut Own {
+        // SAFETY: The caller has the socket locked, and lends us that for `'b`. It is this
+        // context's socket: that is where contexts are found.
+        unsafe { &mut *self.own.get() }
+    }
+
+    /// Takes out what is under the socket's lock; [`Self::put_own`] it back under the same lock.
+    pub(crate) fn take_own(&self, locked: &mut Locked<'_>) -> Own {
+        core::mem::replace(self.own(locked), Own::new())
+    }
+
+    /// See [`Self::take_own`].
+    pub(crate) fn put_own(&self, locked: &mut Locked<'_>, own: Own) {
+        *self.own(locked) = own;
+    }
+
+    /// `PMSKB_RX_DESC` or `PMSKB_RX_BYTES`. Any context.
+    fn mode(&self) -> u32 {
+        self.mode.load(Relaxed)
+    }
+
+    /// Whether `recvmsg()` of a full socket is to answer with descriptors. Any context.
+    ///
+    /// # Safety
+    ///
+    /// `sk` is a full socket that stays meanwhile.
+    pub(crate) unsafe fn describes(sk: *mut ext::sock) -> bool {
+        let _rcu = rcu::read_lock();
+        // SAFETY: As the caller says; RCU is held.
+        unsafe { Ctx::of(sk) }.is_some_and(|ctx| ctx.mode() == ext::pmskb_rx_mode_PMSKB_RX_DESC)
+    }
+
+    /// To be called when the number of tokens has changed.
+    pub(crate) fn tokens_changed(&self, own: &Own) {
+        let now = own.tokens.count() as u32;
+        let before = self.tokens.xchg(now, Relaxed);
+        if let Some(store) = &own.store {
+            store.add_tokens(i64::from(now) - i64::from(before));
+        }
+    }
+
+    /// What `PMSKB_INFO` answers. Any context.
+    pub(crate) fn info(&self) -> ext::pmskb_sock_info {
+        ext::pmskb_sock_info {
+            store: self.minor.load(Relaxed),
+            rx_mode: self.mode(),
+            tokens: self.tokens.load(Relaxed),
+            reserved: 0,
+            counters: self.counters.get(),
+        }
+    }
+
+    /// Attaches an unattached socket. The socket is locked, or not known to anybody yet.
+    ///
+    /// `EIO` if the store is going, `EROFS` if it may only be read; then nothing has happened.
+    fn set_store(&self, own: &mut Own, store: &Arc<Store>, hooks: HookUse) -> Result {
+        store.socket_attached()?;
+        own.store = Some(store.clone());
+        own.lost = false;
+        self.minor.store(store.minor(), Relaxed);
+        {
+            let mut rx = self.rx.lock();
+            rx.store = Some(store.clone());
+            rx.hooks = Some(hooks);
+        }
+        SOCKETS.add(self);
+        if self.transport == Transport::Udp {
+            udp::attached(1);
+        }
+        // A removal that began meanwhile may have gone through the list before.
+        if !store.is_live() {
+            self.let_go(own);
+            return Err(EIO);
+        }
+        Ok(())
+    }
+
+    /// Lets go of the store: tokens, frames, hooks. Any context but hard interrupts. The socket is
+    /// locked, or dead.
+    pub(crate) fn let_go(&self, own: &mut Own) {
+        SOCKETS.remove(self);
+        let (store, mut cursor, hooks) = {
+            let mut rx = self.rx.lock();
+            (rx.store.take(), rx.cursor.take(), rx.hooks.take())
+        };
+        let Some(store) = store else {
+            return;
+        };
+        if self.transport == Transport::Udp {
+            udp::attached(-1);
+        }
+        cursor.release(store.frames());
+        own.cursor.release(store.frames());
+        own.tokens.clear(store.frames());
+        self.tokens_changed(own);
+        self.minor.store(u32::MAX, Relaxed);
+        {
+            // Detach waits for readers after it has seen that there is no socket, so these are
+            // never the last references, which only process context may drop.
+            let _rcu = rcu::read_lock();
+            store.socket_detached();
+            own.store = None;
+            drop(store);
+        }
+        drop(hooks);
+    }
+}
+
+/// The list of attached sockets, for the removal of a store.
+struct Sockets {
+    lock: Static<bindings::spinlock_t>,
+    head: Static<bindings::list_head>,
+}
+
+static SOCKETS: Sockets = Sockets {
+    lock: Static::new(),
+    head: Static::new(),
+};
+
+impl Sockets {
+    /// Once, at module init.
+    fn init(&self) {
+        // SAFETY: Called before anything else.
+        unsafe {
+            ext::pmskb_spin_lock_init(self.lock.get());
+            let head = self.head.get();
+            *head = bindings::list_head {
+                next: head,
+                prev: head,
+            };
+        }
+    }
+
+    fn locked<R>(&self, f: impl FnOnce(*mut bindings::list_head) -> R) -> R {
+        // SAFETY: Initialised; released below.
+        unsafe { ext::pmskb_spin_lock_bh(self.lock.get()) };
+        let result = f(self.head.get());
+        // SAFETY: Taken above.
+        unsafe { ext::pmskb_spin_unlock_bh(self.lock.get()) };
+        result
+    }
+
+    fn add(&self, ctx: &Ctx) {
+        self.locked(|head| {
+            let link = ctx.link.get();
+            // SAFETY: The list's lock is held; `link` is on no list.
+            unsafe {
+                let last = (*head).prev;
+                (*link).next = head;
+                (*link).prev = last;
+                (*last).next = link;
+                (*head).prev = link;
+            }
+        });
+    }
+
+    fn remove(&self, ctx: &Ctx) {
+        self.locked(|_| Self::unlink(ctx.link.get()));
+    }
+
+    /// Under the lock; nothing happens if it is on no list.
+    fn unlink(link: *mut bindings::list_head) {
+        // SAFETY: The list's lock is held; `link` is on the list or null.
+        unsafe {
+            let (next, prev) = ((*link).next, (*link).prev);
+            if next.is_null() {
+                return;
+            }
+            (*prev).next = next;
+            (*next).prev = prev;
+            (*link).next = ptr::null_mut();
+            (*link).prev = ptr::null_mut();
+        }
+    }
+
+    /// Takes a socket of a store off the list, with a reference.
+    fn pop(&self, minor: u32) -> Option<(NonNull<ext::sock>, Transport)> {
+        self.locked(|head| {
+            // SAFETY: The list's lock is held. What is on the list is a context's link, and a
+            // context on the list is not freed, nor its socket.
+            unsafe {
+                let mut link = (*head).next;
+                while !ptr::eq(link, head) {
+                    let next = (*link).next;
+                    let ctx = link
+                        .byte_sub(core::mem::offset_of!(Ctx, link))
+                        .cast::<Ctx>();
+                    if (*ctx).minor.load(Relaxed) == minor {
+                        Self::unlink(link);
+                        let (sk, transport) = ((*ctx).sk, (*ctx).transport);
+                        // One that is being destroyed lets go by itself.
+                        if ext::pmskb_sock_tryget(sk.as_ptr()) {
+                            return Some((sk, transport));
+                        }
+                    }
+                    link = next;
+                }
+            }
+            None
+        })
+    }
+}
+
+/// The memory of a store is about to go: no socket may keep a page. What was received and not read
+/// is lost, which the socket is told as `EIO`; then, or if there was nothing, it goes on as a plain
+/// one. A TCP connection that has lost something is aborted.
+fn store_removed(store: &Arc<Store>) {
+    while let Some((sk, transport)) = SOCKETS.pop(store.minor()) {
+        {
+            // SAFETY: `pop` gave us a reference of a socket.
+            let mut locked = unsafe { Locked::new(sk) };
+            // One that is not accepted yet may be closed by its listener, whoever owns it; and with
+            // bottom halves off no grace period ends, so that the context stays.
+            // SAFETY: The reference; undone below.
+            unsafe { ext::pmskb_bh_lock_sock(sk.as_ptr()) };
+            if let Some(ctx) = locked.ctx() {
+                let own = ctx.own(&mut locked);
+                ctx.let_go(own);
+                own.lost = true;
+            }
+            // SAFETY: The socket is locked, in both ways, and of that protocol.
+            let any = unsafe {
+                match transport {
+                    Transport::Tcp => ext::pmskb_sk_drop_queues(sk.as_ptr()),
+                    Transport::Udp => ext::pmskb_udp_drop_queues(sk.as_ptr()),
+                }
+            };
+            // SAFETY: Locked above.
+            unsafe { ext::pmskb_bh_unlock_sock(sk.as_ptr()) };
+            if any {
+                // SAFETY: The socket is locked by `locked`.
+                unsafe {
+                    match transport {
+                        Transport::Tcp => ext::pmskb_sk_abort(sk.as_ptr(), bindings::EIO as c_int),
+                        Transport::Udp => {
+                            ext::pmskb_sk_set_error(sk.as_ptr(), bindings::EIO as c_int)
+                        }
+                    }
+                }
+            }
+        }
+        // SAFETY: `pop` gave us the reference.
+        unsafe { ext::sock_gen_put(sk.as_ptr()) };
+    }
+}
+
+// ---- what others may ask of a socket ----
+
+/// An attached socket, locked: what `submit.rs` works on.
+pub(crate) struct Attached<'a> {
+    locked: Locked<'a>,
+    ctx: &'a Ctx,
+    store: Arc<Store>,
+}
+
+impl Attached<'_> {
+    /// Its store.
+    pub(crate) fn store(&self) -> &Arc<Store> {
+        &self.store
+    }
+
+    /// Which protocol it is of.
+    pub(crate) fn transport(&self) -> Transport {
+        self.ctx.transport
+    }
+
+    /// Addresses and ports of what a token holds: the socket's, or those of the datagram.
+    pub(crate) fn flow(&mut self, token: u32) -> Flow {
+        let own = self.ctx.own(&mut self.locked);
+        let flow = own.tokens.flow(token).copied();
+        flow.unwrap_or_else(|| self.locked.flow())
+    }
+
+    /// What a token holds. `ESTALE`.
+    pub(crate) fn get(&mut self, token: u32) -> Result<Held> {
+        self.ctx.own(&mut self.locked).tokens.get(token).copied()
+    }
+
+    /// Gives a token back. `ESTALE` if the socket does not have it.
+    pub(crate) fn release(&mut self, token: u32) -> Result {
+        let own = self.ctx.own(&mut self.locked);
+        own.tokens.release(self.store.frames(), token)?;
+        self.ctx.tokens_changed(own);
+        Ok(())
+    }
+
+    /// Gives back what exists of `count` tokens from `first`; how many.
+    pub(crate) fn release_range(&mut self, first: u32, count: u32) -> u32 {
+        let own = self.ctx.own(&mut self.locked);
+        let released = own.tokens.release_range(self.store.frames(), first, count);
+        self.ctx.tokens_changed(own);
+        released
+    }
+}
+
+/// Locks a socket of ours that is attached. `EUNATCH` if it is not, `EIO` if its store is gone.
+///
+/// # Safety
+///
+/// As [`Locked::new`].
+unsafe fn attached<'a>(sk: NonNull<ext::sock>) -> Result<Attached<'a>> {
+    // SAFETY: As the caller says.
+    let mut locked = unsafe { Locked::new(sk) };
+    let ctx = locked.ctx().ok_or(errno(bindings::EUNATCH))?;
+    let own = ctx.own(&mut locked);
+    let store = match &own.store {
+        Some(store) => store.clone(),
+        None if own.lost => return Err(EIO),
+        None => return Err(errno(bindings::EUNATCH)),
+    };
+    Ok(Attached { locked, ctx, store })
+}
+
+/// Runs `f` on the attached socket that `fd` names, under its lock. Process context, sleeps.
+///
+/// `EBADF`, `ENOTSOCK`, `EOPNOTSUPP` if it is neither TCP nor UDP over IPv4 or IPv6, `EUNATCH` if it
+/// is not attached, `EIO` if its store is gone; else what `f` answers.
+pub(crate) fn with_attached<R>(
+    fd: i32,
+    f: impl FnOnce(&mut Attached<'_>) -> Result<R>,
+) -> Result<R> {
+    let file = SocketFile::get(fd)?;
+    if file.transport().is_none() {
+        return Err(errno(bindings::EOPNOTSUPP));
+    }
+    // SAFETY: The socket stays as long as `file`; this thread has no socket locked.
+    let mut attached = unsafe { attached(file.sk()?)? };
+    f(&mut attached)
+}
+
+/// Attaches the socket that `fd` names: `PMSKB_IOC_ATTACH_SOCKET`. Process context, sleeps.
+///
+/// `EBADF`, `ENOTSOCK`; `EOPNOTSUPP` if it is neither TCP (MPTCP is not) nor UDP over IPv4 or IPv6;
+/// `EBUSY` if it belongs to something else (kTLS, sockmap, a tunnel) or is attached to another
+/// store; `EALREADY` if to this one; `EROFS`; `EIO` if the store is going; `ENOMEM`. Where only the
+/// second half fails, a TCP socket is left unattached with the upper layer protocol set, which then
+/// does nothing.
+pub(crate) fn attach_fd(store: &Arc<Store>, fd: i32) -> Result {
+    let file = SocketFile::get(fd)?;
+    let transport = file.transport().ok_or(errno(bindings::EOPNOTSUPP))?;
+    if store.read_only() {
+        // Before the ULP, which a socket does not get rid of again.
+        return Err(errno(bindings::EROFS));
+    }
+    match transport {
+        Transport::Tcp => ulp::adopt(&file)?,
+        Transport::Udp => {
+            if udp::adopt(&file, store)? {
+                return Ok(());
+            }
+        }
+    }
+    // SAFETY: `file` keeps the socket, which this thread has not locked.
+    unsafe { attach(file.sk()?, store) }
+}
+
+/// Attaches a socket of ours.
+///
+/// # Safety
+///
+/// As [`Locked::new`].
+unsafe fn attach(sk: NonNull<ext::sock>, store: &Arc<Store>) -> Result {
+    // Before the socket's lock: registering sleeps on locks under which others lock sockets.
+    // SAFETY: As the caller says.
+    let hooks = HookUse::get(unsafe { Net::of(sk) })?;
+    // SAFETY: As the caller says.
+    let mut locked = unsafe { Locked::new(sk) };
+    let ctx = locked.ctx().ok_or(EBUSY)?;
+    let own = ctx.own(&mut locked);
+    match &own.store {
+        Some(now) if Arc::ptr_eq(now, store) => Err(errno(bindings::EALREADY)),
+        Some(_) => Err(EBUSY),
+        None => ctx.set_store(own, store, hooks),
+    }
+}
+
+// ---- socket options ----
+
+/// `setsockopt()` at level `SOL_PMSKB`. Process context, sleeps.
+///
+/// # Safety
+///
+/// As [`Locked::new`].
+pub(crate) unsafe fn set_option(
+    sk: NonNull<ext::sock>,
+    name: u32,
+    value: &OptVal,
+) -> Result<c_int> {
+    match name {
+        ext::PMSKB_ATTACH => {
+            let fd = value.read::<i32>()?;
+            let store = Store::from_fd(fd)?;
+            // SAFETY: As the caller says.
+            unsafe { attach(sk, &store)? };
+            Ok(0)
+        }
+        ext::PMSKB_RX_MODE => {
+            let mode = value.read::<u32>()?;
+            if mode != ext::pmskb_rx_mode_PMSKB_RX_BYTES && mode != ext::pmskb_rx_mode_PMSKB_RX_DESC
+            {
+                return Err(EINVAL);
+            }
+            // SAFETY: As the caller says.
+            let mut locked = unsafe { Locked::new(sk) };
+            let ctx = locked.ctx().ok_or(errno(bindings::EUNATCH))?;
+            let own = ctx.own(&mut locked);
+            if mode == ext::pmskb_rx_mode_PMSKB_RX_DESC && own.store.is_none() {
+                return Err(if own.lost {
+                    EIO
+                } else {
+                    errno(bindings::EUNATCH)
+                });
+            }
+            ctx.mode.store(mode, Relaxed);
+            Ok(0)
+        }
+        ext::PMSKB_RELEASE => {
+            const SIZE: usize = core::mem::size_of::<ext::pmskb_token_range>();
+            if value.len() == 0 || value.len() % SIZE != 0 {
+                return Err(EINVAL);
+            }
+            if value.len() / SIZE > MAX_RANGES {
+                return Err(E2BIG);
+            }
+            // SAFETY: As the caller says.
+            let mut attached = unsafe { attached(sk)? };
+            // All are read, and checked, before anything is released.
+            let mut ranges = KVec::with_capacity(value.len() / SIZE, GFP_KERNEL)?;
+            for at in (0..value.len()).step_by(SIZE) {
+                let first = value.read_at::<u32>(at)?;
+                let count = value.read_at::<u32>(at + 4)?;
+                if count == 0 {
+                    return Err(EINVAL);
+                }
+                ranges.push((first, count), GFP_KERNEL)?;
+            }
+            let mut released = 0u32;
+            for (first, count) in ranges {
+                released += attached.release_range(first, count);
+            }
+            if released == 0 {
+                return Err(errno(bindings::ESTALE));
+            }
+            Ok(released as c_int)
+        }
+        ext::PMSKB_PERSIST => {
+            // SAFETY: As the caller says.
+            let mut attached = unsafe { attached(sk)? };
+            // The socket stays locked, as it does while other calls copy from user memory.
+            submit::persist(&mut attached, value)
+        }
+        _ => Err(errno(bindings::ENOPROTOOPT)),
+    }
+}
+
+/// `getsockopt()` at level `SOL_PMSKB`. Process context, sleeps.
+///
+/// # Safety
+///
+/// As [`Locked::new`].
+pub(crate) unsafe fn get_option(
+    sk: NonNull<ext::sock>,
+    name: u32,
+    to: UserPtr,
+    len: UserPtr,
+) -> Result {
+    let room = UserSlice::new(len, 4).reader().read::<i32>()?;
+    let room = usize::try_from(room).map_err(|_| EINVAL)?;
+    let info = {
+        // SAFETY: As the caller says.
+        let locked = unsafe { Locked::new(sk) };
+        let ctx = locked.ctx().ok_or(errno(bindings::EUNATCH))?;
+        ctx.info()
+    };
+    let size = match name {
+        ext::PMSKB_RX_MODE => put(to, room, &info.rx_mode)?,
+        ext::PMSKB_INFO => put(to, room, &Plain(info))?,
+        _ => return Err(errno(bindings::ENOPROTOOPT)),
+    };
+    UserSlice::new(len, 4).writer().write(&(size as i32))
+}
+
+fn put<T: AsBytes>(to: UserPtr, room: usize, value: &T) -> Result<usize> {
+    let size = core::mem::size_of::<T>();
+    if room < size {
+        return Err(EINVAL);
+    }
+    UserSlice::new(to, size).writer().write(value)?;
+    Ok(size)
+}
+
+// ---- module ----
+
+/// All that the module has registered for sockets.
+pub(crate) struct Registered {
+    // In this order: nobody comes to us any more, then nobody places.
+    _ulp: ulp::Registered,
+    _hooks: place::Started,
+}
+
+impl Registered {
+    /// At module init, once. `ENOEXEC` if Rust and C do not agree on the layout of what they
+    /// share, `EEXIST` if there is an upper layer protocol with our name.
+    pub(crate) fn new() -> Result<Self> {
+        check_layout()?;
+        SOCKETS.init();
+        crate::frame::set_idle_hook(crate::note::forget);
+        crate::store::set_removal_hook(store_removed);
+        udp::start()?;
+        let hooks = place::start()?;
+        Ok(Self {
+            _ulp: ulp::Registered::new()?,
+            _hooks: hooks,
+        })
+    }
+}
+
+/// The bindings are made by another compiler than the kernel: they must agree.
+fn check_layout() -> Result {
+    use core::mem::{offset_of, size_of};
+    let rust: [usize; ext::PMSKB_LAYOUT_NR as usize] = [
+        size_of::<ext::sock>(),
+        offset_of!(ext::sock, sk_receive_queue),
+        offset_of!(ext::sock, sk_rcvlowat),
+        offset_of!(ext::sock, sk_shutdown),
+        offset_of!(ext::sock, sk_err),
+        offset_of!(ext::sock, sk_protocol),
+        offset_of!(ext::sock, sk_prot_creator),
+        size_of::<ext::inet_connection_sock>(),
+        offset_of!(ext::inet_connection_sock, icsk_ulp_ops),
+        offset_of!(ext::inet_connection_sock, icsk_ulp_data),
+        size_of::<ext::tcp_sock>(),
+        offset_of!(ext::tcp_sock, copied_seq),
+        size_of::<ext::proto>(),
+        offset_of!(ext::proto, recvmsg),
+        offset_of!(ext::proto, setsockopt),
+        offset_of!(ext::proto, owner),
+        size_of::<ext::tcp_ulp_ops>(),
+        offset_of!(ext::tcp_ulp_ops, owner),
+        size_of::<ext::nf_hook_state>(),
+        offset_of!(ext::nf_hook_state, net),
+        size_of::<bindings::proto_ops>(),
+        offset_of!(bindings::proto_ops, owner),
+    ];
+    let mut c = [0u32; ext::PMSKB_LAYOUT_NR as usize];
+    // SAFETY: `c` has as many elements as C fills.
+    unsafe { ext::pmskb_layout(c.as_mut_ptr()) };
+    for (at, (rust, c)) in rust.iter().zip(&c).enumerate() {
+        if *rust != *c as usize {
+            pr_err!("layout {at} of a kernel structure: {rust} in Rust, {c} in C; not loaded\n");
+            return Err(errno(bindings::ENOEXEC));
+        }
+    }
+    Ok(())
+}
+
+/// For a value read from user memory.
+const fn _any_bytes<T: FromBytes>() {}
+const _: () = {
+    _any_bytes::<u32>();
+    _any_bytes::<i32>();
+};
