@@ -104,6 +104,8 @@ pub(crate) struct Ctx {
     pub(crate) rx: SpinLockBh<Rx>,
     own: UnsafeCell<Own>,
     mode: Atomic<u32>,
+    /// `PMSKB_CRC32C`.
+    crc32c: Atomic<u32>,
     tokens: Atomic<u32>,
     minor: Atomic<u32>,
     pub(crate) counters: Counters,
@@ -151,6 +153,7 @@ impl Ctx {
                 rx <- lock::new(rx, c_str!("pmskb_rx"), static_lock_class!()),
                 own: UnsafeCell::new(own),
                 mode: Atomic::new(ext::pmskb_rx_mode_PMSKB_RX_BYTES),
+                crc32c: Atomic::new(0),
                 tokens: Atomic::new(0),
                 minor: Atomic::new(u32::MAX),
                 counters: Counters::default(),
@@ -189,6 +192,7 @@ impl Ctx {
         // SAFETY: From `Ctx::new`, and nobody else knows it.
         let ctx = unsafe { &*raw };
         ctx.mode.store(self.mode(), Relaxed);
+        ctx.crc32c.store(self.crc32c.load(Relaxed), Relaxed);
         if let (Some(store), Some(hooks)) = (store, hooks) {
             // SAFETY: As above.
             let own = unsafe { &mut *ctx.own.get() };
@@ -236,6 +240,11 @@ impl Ctx {
     /// `PMSKB_RX_DESC` or `PMSKB_RX_BYTES`. Any context.
     fn mode(&self) -> u32 {
         self.mode.load(Relaxed)
+    }
+
+    /// Whether packets get a CRC32C, and puts of them. Any context.
+    pub(crate) fn crc32c(&self, store: &Store) -> bool {
+        store.crc32c() || self.crc32c.load(Relaxed) != 0
     }
 
     /// Whether `recvmsg()` of a full socket is to answer with descriptors. Any context.
@@ -483,6 +492,11 @@ impl Attached<'_> {
         self.ctx.transport
     }
 
+    /// Whether its puts have a CRC32C.
+    pub(crate) fn crc32c(&self) -> bool {
+        self.ctx.crc32c(&self.store)
+    }
+
     /// Addresses and ports of what a token holds: the socket's, or those of the datagram.
     pub(crate) fn flow(&mut self, token: u32) -> Flow {
         let own = self.ctx.own(&mut self.locked);
@@ -633,6 +647,17 @@ pub(crate) unsafe fn set_option(
             ctx.mode.store(mode, Relaxed);
             Ok(0)
         }
+        ext::PMSKB_CRC32C => {
+            let on = value.read::<u32>()?;
+            if on > 1 {
+                return Err(EINVAL);
+            }
+            // SAFETY: As the caller says.
+            let locked = unsafe { Locked::new(sk) };
+            let ctx = locked.ctx().ok_or(errno(bindings::EUNATCH))?;
+            ctx.crc32c.store(on, Relaxed);
+            Ok(0)
+        }
         ext::PMSKB_RELEASE => {
             const SIZE: usize = core::mem::size_of::<ext::pmskb_token_range>();
             if value.len() == 0 || value.len() % SIZE != 0 {
@@ -685,13 +710,14 @@ pub(crate) unsafe fn get_option(
 ) -> Result {
     let room = UserSlice::new(len, 4).reader().read::<i32>()?;
     let room = usize::try_from(room).map_err(|_| EINVAL)?;
-    let info = {
+    let (info, crc32c) = {
         // SAFETY: As the caller says.
         let locked = unsafe { Locked::new(sk) };
         let ctx = locked.ctx().ok_or(errno(bindings::EUNATCH))?;
-        ctx.info()
+        (ctx.info(), ctx.crc32c.load(Relaxed))
     };
     let size = match name {
+        ext::PMSKB_CRC32C => put(to, room, &crc32c)?,
         ext::PMSKB_RX_MODE => put(to, room, &info.rx_mode)?,
         ext::PMSKB_INFO => put(to, room, &Plain(info))?,
         _ => return Err(errno(bindings::ENOPROTOOPT)),

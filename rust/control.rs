@@ -170,12 +170,16 @@ fn publish(store: &Arc<Store>) -> Result<(u32, [u8; 16])> {
 /// `PMSKB_IOC_ATTACH`.
 fn attach(arg: usize) -> Result {
     let mut args: ext::pmskb_attach = read(arg)?;
-    if args.flags & !ext::PMSKB_ATTACH_READ_ONLY != 0 || args.reserved != 0 {
+    const FLAGS: u32 = ext::PMSKB_ATTACH_READ_ONLY | ext::PMSKB_ATTACH_CRC32C;
+    if args.flags & !FLAGS != 0 || args.reserved != 0 {
         return Err(EINVAL);
     }
-    let read_only = args.flags & ext::PMSKB_ATTACH_READ_ONLY != 0;
+    let how = store::How {
+        read_only: args.flags & ext::PMSKB_ATTACH_READ_ONLY != 0,
+        crc32c: args.flags & ext::PMSKB_ATTACH_CRC32C != 0,
+    };
     let region = store::claim(args.fd)?;
-    let (minor, uuid) = store::attach(region, read_only, publish)?;
+    let (minor, uuid) = store::attach(region, how, publish)?;
     (args.minor, args.uuid) = (minor, uuid);
     // Whoever is not told which store it is has none.
     write(arg, args).inspect_err(|_| {
@@ -220,5 +224,5 @@ fn attach_path(path: &[u8]) -> Result {
     name.push(0, GFP_KERNEL)?;
     let path = CStr::from_bytes_with_nul(&name).map_err(|_| EINVAL)?;
     let region = store::claim_path(path)?;
-    store::attach(region, false, publish).map(|_| ())
+    store::attach(region, store::How::default(), publish).map(|_| ())
 }

@@ -296,7 +296,7 @@ impl Pass<'_> {
         if facts.readable == 0 {
             return Err(EFAULT);
         }
-        let room = self
+        let mut room = self
             .cursor
             .reserve(area, n)
             .map_err(|_| errno(bindings::ENOBUFS))?;
@@ -306,6 +306,10 @@ impl Pass<'_> {
             sum = place::add(sum, run, at);
             Ok(())
         });
+        let crc32c = self.ctx.crc32c(self.store);
+        if crc32c && filled.is_ok() {
+            room.compute_crc32c(area);
+        }
         let span = match (filled, room.spans()) {
             (Ok(()), [span]) => *span,
             (filled, _) => {
@@ -329,11 +333,14 @@ impl Pass<'_> {
             kind: ext::pmskb_csum_kind_PMSKB_CSUM_COMPUTED as u8,
             source,
             copied: true,
+            crc: span.crc,
         };
         self.cursor.commit(area, room, &note);
         for counters in [&self.ctx.counters, &self.store.counters] {
             counters.copied_bytes.add(u64::from(n));
-            counters.computed_bytes.add(u64::from(n));
+            counters
+                .computed_bytes
+                .add(u64::from(n) * (1 + u64::from(crc32c)));
         }
         Ok(Held {
             frame: span.frame,

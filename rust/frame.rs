@@ -14,7 +14,7 @@ use crate::{
     lock::{self, SpinLockBh},
     page::Pages,
     pm::{self, Counts, FrameState, FrameTable, Need},
-    region::{Region, PAGE},
+    region::{self, Region, PAGE},
 };
 use core::ptr::NonNull;
 use kernel::{
@@ -199,6 +199,17 @@ impl FrameArea {
     /// store must be live (`Store::is_live()` under RCU, or `Store::enter()`).
     pub(crate) fn get_page(&self, frame: Frame) -> Option<NonNull<bindings::page>> {
         self.pages.get(self.index(frame)?)
+    }
+
+    /// CRC32C of `len` bytes at `off` of a frame, just written there and still in the cache. None if
+    /// they are not within it. Any context; the store must be live, and the frame the caller's.
+    pub(crate) fn crc32c(&self, frame: Frame, off: u32, len: u32) -> Option<u32> {
+        let end = off.checked_add(len).filter(|end| *end as usize <= PAGE)?;
+        let addr = self.addr(frame)?;
+        // SAFETY: Within the frame, which is mapped; nobody else writes to it.
+        let bytes = unsafe { core::slice::from_raw_parts(addr.as_ptr(), end as usize) };
+        let bytes = bytes.get(off as usize..)?;
+        Some(region::crc32c(0, bytes))
     }
 
     /// A word for each frame that belongs to `note.rs`. Zero at attach. Any context.

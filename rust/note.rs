@@ -21,9 +21,9 @@ use kernel::{
 };
 
 /// Notes in a block: 256 bytes with its header.
-const BLOCK: usize = 7;
+const BLOCK: usize = 6;
 /// Blocks of a frame; a frame with that many notes is left for a fresh one.
-const BLOCKS: usize = 5;
+const BLOCKS: usize = 6;
 /// Notes of a frame at most.
 pub(crate) const MAX: u32 = (BLOCK * BLOCKS) as u32;
 
@@ -50,6 +50,8 @@ pub(crate) struct Note {
     pub(crate) source: u8,
     /// Copied into the frame by a receive call, not by placement.
     pub(crate) copied: bool,
+    /// CRC32C of the part, if it was computed.
+    pub(crate) crc: Option<u32>,
 }
 
 impl Note {
@@ -60,6 +62,7 @@ impl Note {
             pkt_off: self.pkt_off.saturating_add(skip),
             offset: self.offset.saturating_add(skip as u16),
             len: len as u16,
+            crc: self.crc.filter(|_| skip == 0 && len == u32::from(self.len)),
             ..*self
         }
     }

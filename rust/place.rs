@@ -91,6 +91,8 @@ pub(crate) struct Span {
     pub(crate) frame: Frame,
     pub(crate) off: u32,
     pub(crate) len: u32,
+    /// CRC32C of its bytes, if it was asked for.
+    pub(crate) crc: Option<u32>,
 }
 
 /// Room for one packet. Its new frames are held; [`Cursor::commit`] or [`Cursor::cancel`] it.
@@ -190,6 +192,7 @@ impl Cursor {
                 frame: Frame(0),
                 off: 0,
                 len: 0,
+                crc: None,
             }; MAX_PIECES],
             count: 0,
             continues: false,
@@ -246,6 +249,7 @@ impl Cursor {
         for (at, span) in room.spans().iter().enumerate() {
             let mut part = note.part(done, span.len);
             part.offset = span.off as u16;
+            part.crc = span.crc;
             note::push(area, span.frame, part);
             done += span.len;
             if at == 0 && room.continues {
@@ -265,8 +269,20 @@ impl Cursor {
 impl Room {
     fn push(&mut self, frame: Frame, off: u32, len: u32) {
         if let Some(span) = self.spans.get_mut(self.count) {
-            *span = Span { frame, off, len };
+            *span = Span {
+                frame,
+                off,
+                len,
+                crc: None,
+            };
             self.count += 1;
+        }
+    }
+
+    /// Computes the CRC32C of each span. To be called when they have been filled.
+    pub(crate) fn compute_crc32c(&mut self, area: &FrameArea) {
+        for span in self.spans.iter_mut().take(self.count) {
+            span.crc = area.crc32c(span.frame, span.off, span.len);
         }
     }
 }
@@ -498,9 +514,11 @@ pub(crate) fn sum(sum: u32) -> Sum {
     Sum::from_wsum(sum)
 }
 
-/// What a placement has read for checksums.
+/// What a placement is to do, and has read, for checksums.
 #[derive(Default)]
 struct Work {
+    /// A CRC32C is wanted, too.
+    crc32c: bool,
     computed_bytes: u64,
     mismatch: bool,
 }
@@ -547,7 +565,7 @@ fn place(
     };
 
     let area = store.frames();
-    let room = rx.cursor.reserve(area, segment.len)?;
+    let mut room = rx.cursor.reserve(area, segment.len)?;
     let filled = fill(skb, segment, &room, area, read).and_then(|sum| {
         let fresh = body(skb, front, headers, store, &room)?;
         Ok((sum, fresh))
@@ -561,6 +579,10 @@ fn place(
     };
     if read {
         work.computed_bytes = u64::from(segment.len);
+    }
+    if work.crc32c {
+        room.compute_crc32c(area);
+        work.computed_bytes += u64::from(segment.len);
     }
 
     const DERIVED: u8 = ext::pmskb_csum_kind_PMSKB_CSUM_DERIVED as u8;
@@ -605,6 +627,7 @@ fn place(
         kind,
         source,
         copied: false,
+        crc: None,
     };
     rx.cursor.commit(area, room, &note);
     skb.become_of(fresh);
@@ -713,6 +736,7 @@ fn arrived(skb: &mut Arriving<'_>, net: Net, family: Family) {
     if !store.is_live() {
         return;
     }
+    work.crc32c = ctx.crc32c(&store);
     let distrust = Distrusted::key(net, facts.ifindex);
     let placed = place(skb, &segment, &facts, distrust, &store, &mut rx, &mut work);
     drop(rx);

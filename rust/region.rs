@@ -885,10 +885,15 @@ impl pm::Pmem for Region {
     }
 
     fn crc32c(&self, crc: u32, data: &[u8]) -> u32 {
-        // The kernel's leaves the complements to the caller.
-        // SAFETY: The slice is valid for reads.
-        !unsafe { ext::crc32c(!crc, data.as_ptr().cast(), data.len()) }
+        crc32c(crc, data)
     }
+}
+
+/// CRC32C, continued from `crc` as `Pmem::crc32c()` does. Any context.
+pub(crate) fn crc32c(crc: u32, data: &[u8]) -> u32 {
+    // The kernel's leaves the complements to the caller.
+    // SAFETY: The slice is valid for reads.
+    !unsafe { ext::crc32c(!crc, data.as_ptr().cast(), data.len()) }
 }
 
 /// The core's view of a region that is shared.

@@ -180,6 +180,7 @@ pub(crate) struct Store {
     pub(crate) counters: Counters,
     /// It was attached to be read.
     read_only: bool,
+    crc32c: bool,
     /// What the last compaction could not gain, bytes.
     pub(crate) left_over: Atomic<u64>,
     /// See `upkeep.rs`.
@@ -273,6 +274,11 @@ impl Store {
     /// Whether it was attached to be read.
     pub(crate) fn read_only(&self) -> bool {
         self.read_only
+    }
+
+    /// Whether all puts have a CRC32C.
+    pub(crate) fn crc32c(&self) -> bool {
+        self.crc32c
     }
 
     /// All mappings.
@@ -398,11 +404,12 @@ impl Store {
             uuid: self.uuid,
             label,
             minor: self.minor,
-            flags: if failed {
-                ext::PMSKB_STORE_READ_ONLY
-            } else {
-                0
-            },
+            flags: [
+                (failed, ext::PMSKB_STORE_READ_ONLY),
+                (self.crc32c, ext::PMSKB_STORE_CRC32C),
+            ]
+            .iter()
+            .fold(0, |all, (set, flag)| if *set { all | flag } else { all }),
             region_len: geo.region_len,
             map_len: geo.region_len,
             head_off: geo.head_off,
@@ -583,6 +590,15 @@ pub(crate) fn format(
     pm::format(&region, params).map_err(crate::errno)
 }
 
+/// How a region is to be attached.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct How {
+    /// To be read only.
+    pub(crate) read_only: bool,
+    /// All puts have a CRC32C.
+    pub(crate) crc32c: bool,
+}
+
 /// Attaches the store in a region. `publish` makes its device; if that fails, so does this.
 /// Process context.
 ///
@@ -590,7 +606,7 @@ pub(crate) fn format(
 /// too new), `EADDRINUSE`, `ENFILE` too many stores, `ENOMEM`.
 pub(crate) fn attach<T>(
     region: Region,
-    read_only: bool,
+    how: How,
     publish: impl FnOnce(&Arc<Store>) -> Result<T>,
 ) -> Result<T> {
     let region = Arc::new(region, GFP_KERNEL)?;
@@ -616,7 +632,7 @@ pub(crate) fn attach<T>(
     };
     let work = KVVec::from_elem(0u64, Core::WORK_WORDS, GFP_KERNEL)?;
     let options = pm::RecoverOptions {
-        read_only: probe.read_only || read_only,
+        read_only: probe.read_only || how.read_only,
     };
     let media = Media(region.clone());
     let (core, report) = {
@@ -639,6 +655,7 @@ pub(crate) fn attach<T>(
             submits: Count::default(),
             counters: Counters::default(),
             read_only: options.read_only,
+            crc32c: how.crc32c,
             left_over: Atomic::new(0),
             work <- new_work!("pmskb_upkeep"),
             mappings,

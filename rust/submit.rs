@@ -45,7 +45,8 @@ const PUT_FLAGS: u32 = ext::PMSKB_OP_CREATE
     | ext::PMSKB_OP_REPLACE
     | ext::PMSKB_OP_KEEP
     | ext::PMSKB_OP_KEY_EXTENTS
-    | ext::PMSKB_OP_IF_SEQ;
+    | ext::PMSKB_OP_IF_SEQ
+    | ext::PMSKB_OP_CRC32C;
 const DELETE_FLAGS: u32 = ext::PMSKB_OP_IF_SEQ;
 
 /// Whose tokens an array may name.
@@ -77,6 +78,8 @@ enum Key {
 struct Op {
     fd: i32,
     keep: bool,
+    /// The record has a CRC32C, too.
+    crc32c: bool,
     action: Action,
     /// Extents of the object, then those of the key.
     exts: KVVec<Plain<ext::pmskb_ext>>,
@@ -192,6 +195,7 @@ fn read_ops(caller: &Caller<'_, '_>, header: &ext::pmskb_submit, nr: usize) -> R
         let mut op = Op {
             fd: raw.fd,
             keep: u32::from(raw.flags) & ext::PMSKB_OP_KEEP != 0,
+            crc32c: u32::from(raw.flags) & ext::PMSKB_OP_CRC32C != 0,
             action: Action::Release,
             exts: KVVec::new(),
             object: 0,
@@ -393,9 +397,11 @@ fn resolve(
         exts,
         pieces,
         meta,
+        crc32c,
         ..
     } = op;
     with_socket(store, caller, *fd, |socket| {
+        *crc32c |= socket.crc32c();
         let udp = socket.transport() == Transport::Udp;
         // Of several datagrams the first one's.
         let first = exts.first().map_or(0, |ext| ext.0.token);
@@ -421,6 +427,7 @@ fn resolve(
                 at: held.note.pkt_off.saturating_add(ext.offset),
                 before: ext.offset,
                 after,
+                crc: held.note.crc.filter(|_| ext.len == len),
             };
             if nr == 0 && !udp {
                 meta.tcp_seq = held.note.seq.wrapping_add(ext.offset);
@@ -480,6 +487,7 @@ fn resolve_buffer(
                 at: 0,
                 before: 0,
                 after: 0,
+                crc: None,
             };
             pieces.reserve(1, GFP_KERNEL)?;
             store.frames().hold(frame)?;
@@ -636,10 +644,15 @@ fn compose(store: &Store, op: &mut Op, now: u64) -> Result {
         _ => None,
     };
     let object = op.pieces.get(..op.object).unwrap_or_default();
-    let composed = pm::compose(object, |off, len| sum(region, off, len)).map_err(crate::errno)?;
-    store.counters.computed_bytes.add(composed.read);
+    let composed = pm::compose(object, op.crc32c || store.crc32c(), |off, len, with_crc| {
+        look(region, off, len, with_crc)
+    })
+    .map_err(crate::errno)?;
+    let read = composed.read.saturating_add(composed.crc_read);
+    store.counters.computed_bytes.add(read);
     op.meta.csum = composed.sum;
     op.meta.csum_kind = composed.kind;
+    op.meta.payload_crc = composed.crc;
     if op.meta.time_source == pm::TimeSource::None {
         op.meta.time = now;
         op.meta.time_source = pm::TimeSource::Placement;
@@ -788,17 +801,21 @@ fn with_socket<T>(
     }
 }
 
-/// The Internet checksum of `len` bytes of the region; survives media errors.
-fn sum(region: &Region, off: u64, len: u32) -> pm::Result<Sum> {
+/// The Internet checksum of `len` bytes of the region, and their CRC32C if that is wanted; survives
+/// media errors.
+fn look(region: &Region, off: u64, len: u32, with_crc: bool) -> pm::Result<(Sum, u32)> {
     let mut buf = [0u8; 512];
-    let mut sum = Sum::ZERO;
+    let (mut sum, mut crc) = (Sum::ZERO, 0);
     let mut at = 0u64;
     while at < u64::from(len) {
         let now = (u64::from(len) - at).min(buf.len() as u64);
         let part = buf.get_mut(..now as usize).ok_or(pm::Error::Invalid)?;
         region.read(off.saturating_add(at), part)?;
         sum = sum.then(at, Sum::of(part));
+        if with_crc {
+            crc = region.crc32c(crc, part);
+        }
         at += now;
     }
-    Ok(sum)
+    Ok((sum, crc))
 }

@@ -146,13 +146,12 @@ static int store_begin(struct store *s, enum dev dev)
 	return 0;
 }
 
-static int store_attach(struct store *s)
+static int store_attach(struct store *s, uint32_t flags)
 {
-	struct pmskb_attach a;
-	int err = dev_attach(s->ctl, s->dev, &a);
+	struct pmskb_attach a = { .fd = s->dev, .flags = flags };
 
-	if (err)
-		return err;
+	if (ioctl(s->ctl, PMSKB_IOC_ATTACH, &a))
+		return -errno;
 	s->minor = a.minor;
 	memcpy(s->uuid, a.uuid, sizeof(s->uuid));
 	return store_map(s);
@@ -173,12 +172,17 @@ int store_make(struct store *s, enum dev dev, uint32_t flags, uint64_t head_byte
 		dev_sweep(s->ctl);
 		usleep(100000);
 	}
-	return err ?: store_attach(s);
+	return err ?: store_attach(s, 0);
+}
+
+int store_open_as(struct store *s, enum dev dev, uint32_t flags)
+{
+	return store_begin(s, dev) ?: store_attach(s, flags);
 }
 
 int store_open(struct store *s, enum dev dev)
 {
-	return store_begin(s, dev) ?: store_attach(s);
+	return store_open_as(s, dev, 0);
 }
 
 void store_let_go(struct store *s)

@@ -68,6 +68,8 @@ void dev_sweep(int ctl);
 int store_make(struct store *s, enum dev dev, uint32_t flags, uint64_t head_bytes);
 /* Attaches what is there, opens and maps. */
 int store_open(struct store *s, enum dev dev);
+/* With flags of struct pmskb_attach. */
+int store_open_as(struct store *s, enum dev dev, uint32_t flags);
 /* Unmaps and closes; then detaches, and returns what detach said. */
 int store_close(struct store *s);
 void store_let_go(struct store *s);

@@ -377,7 +377,7 @@ TEST_F(region, reserved_fields_and_unknown_flags_of_format_are_einval)
 
 TEST_F(region, reserved_fields_and_unknown_flags_of_attach_are_einval)
 {
-	struct pmskb_attach a = { .fd = self->dev, .flags = PMSKB_ATTACH_READ_ONLY << 1 };
+	struct pmskb_attach a = { .fd = self->dev, .flags = PMSKB_ATTACH_CRC32C << 1 };
 
 	ASSERT_EQ(0, dev_format(self->ctl, self->dev, PMSKB_FORMAT_FORCE, 0));
 	EXPECT_EQ(EINVAL, ERRNO(ioctl(self->ctl, PMSKB_IOC_ATTACH, &a)));

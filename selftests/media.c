@@ -194,6 +194,7 @@ static int parse_record(const struct place *p, const uint8_t *frame, unsigned in
 	first = get64(m + 32);
 	r->nr_extents = get32(m + 40);
 	r->tcp_seq = get32(m + 44);
+	r->payload_crc = get32(m + 60);
 	r->remote_port = m[48] | m[49] << 8;
 	r->local_port = m[50] | m[51] << 8;
 	r->keyed = r->flags & F_KEYED;

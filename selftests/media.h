@@ -57,6 +57,7 @@ int sb_patch(const char *dev, uint64_t off, size_t at, const void *bytes, size_t
 struct record {
 	uint64_t seq, time;
 	uint32_t len, nr_extents, tcp_seq;
+	uint32_t payload_crc;		/* with REC_PAYLOAD_CRC; media_scan() has checked it */
 	uint16_t flags, csum;		/* csum as a number */
 	uint16_t remote_port, local_port;
 	uint8_t family;			/* 0: none, 4, 6 */
@@ -68,6 +69,7 @@ struct record {
 };
 
 #define REC_COPIED (1 << 8)
+#define REC_PAYLOAD_CRC (1 << 9)
 #define REC_UDP (1 << 10)
 #define REC_CSUM_KIND(flags) ((flags) & 3)
 #define REC_TIME_SOURCE(flags) ((flags) >> 2 & 3)

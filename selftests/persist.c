@@ -705,7 +705,7 @@ TEST_F(persist, malformed_operations_are_einval_and_change_nothing)
 	EXPECT_EQ(-EINVAL, persist_one(self->c.s, &op, NULL));
 	op = ok, op.opcode = 0xffff;
 	EXPECT_EQ(-EINVAL, persist_one(self->c.s, &op, NULL));
-	for (i = 5; i < 16; i++) {
+	for (i = 6; i < 16; i++) {
 		op = ok, op.flags = 1 << i;
 		EXPECT_EQ(-EINVAL, persist_one(self->c.s, &op, NULL)) TH_LOG("flag bit %d", i);
 	}

@@ -1025,7 +1025,7 @@ TEST_F_TIMEOUT(tiny, attached_to_be_read_nothing_is_changed, 60)
 	ASSERT_EQ(0, media_read(dev, 0, before, head));
 	ASSERT_EQ(0, media_read(dev, data, before + head, len - data));
 
-	EXPECT_EQ(-EINVAL, attach_as(&self->s, 2, &a));
+	EXPECT_EQ(-EINVAL, attach_as(&self->s, 4, &a));
 	EXPECT_EQ(-EINVAL, attach_as(&self->s, PMSKB_ATTACH_READ_ONLY | 1U << 31, &a));
 	ASSERT_EQ(0, attach_as(&self->s, PMSKB_ATTACH_READ_ONLY, &a));
 	self->s.minor = a.minor;

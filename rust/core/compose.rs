@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The checksum of an object, from those of the packets that it lies in.
+//! The checksums of an object, from those of the packets that it lies in.
 //!
 //! A whole packet brings its checksum along. Where an object takes only a part
 //! of a packet (a request's body, without its header), the smaller side is read:
 //! either the bytes that are taken, or those that are left out, whose sum is then
 //! subtracted. Objects of several packets combine.
+//!
+//! A CRC32C, where it is wanted, combines likewise, but of parts that are known as they are: what
+//! has none is read.
 
-use super::{csum::Sum, CsumKind, Result};
+use super::{crc, csum::Sum, CsumKind, Result};
 
 /// What is known of the packet that some bytes came in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,9 +43,11 @@ pub struct Piece {
     pub before: u32,
     /// See `before`.
     pub after: u32,
+    /// CRC32C of these bytes, if it is known.
+    pub crc: Option<u32>,
 }
 
-/// The checksum of an object.
+/// The checksums of an object.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Composed {
     /// The sum of all its bytes.
@@ -52,19 +57,26 @@ pub struct Composed {
     pub kind: CsumKind,
     /// Bytes that had to be read for it.
     pub read: u64,
+    /// The CRC32C of all its bytes, if it was asked for.
+    pub crc: Option<u32>,
+    /// Bytes that had to be read for that, and were not for the sum.
+    pub crc_read: u64,
 }
 
-/// Composes the checksum of the object that consists of `pieces`, in order.
-/// `sum_of(off, len)` reads and sums bytes of the region. An empty object has the
-/// sum of no bytes, computed.
+/// Composes the checksum of the object that consists of `pieces`, in order; and its CRC32C if
+/// `with_crc`. `look(off, len, with_crc)` reads bytes of the region: their sum, and their CRC32C
+/// if that is wanted. An empty object has the sum of no bytes, computed.
 pub fn compose(
     pieces: &[Piece],
-    mut sum_of: impl FnMut(u64, u32) -> Result<Sum>,
+    with_crc: bool,
+    mut look: impl FnMut(u64, u32, bool) -> Result<(Sum, u32)>,
 ) -> Result<Composed> {
     let mut out = Composed {
         sum: Sum::ZERO,
         kind: CsumKind::None,
         read: 0,
+        crc: with_crc.then_some(0),
+        crc_read: 0,
     };
     let mut len = 0u64;
     let mut rest = pieces;
@@ -78,13 +90,23 @@ pub fn compose(
             Some((head, tail)) => {
                 let mut sum = first.packet.sum;
                 if head != 0 {
-                    let part = sum_of(first.off.saturating_sub(u64::from(head)), head)?;
-                    sum = sum.after(u64::from(head), part);
+                    let at = first.off.saturating_sub(u64::from(head));
+                    sum = sum.after(u64::from(head), look(at, head, false)?.0);
                 }
                 if tail != 0 {
                     let last = group.last().unwrap_or(first);
-                    let part = sum_of(last.off.saturating_add(u64::from(last.len)), tail)?;
-                    sum = sum.without(taken, part);
+                    let at = last.off.saturating_add(u64::from(last.len));
+                    sum = sum.without(taken, look(at, tail, false)?.0);
+                }
+                for piece in group.iter().filter(|_| with_crc) {
+                    let crc = match piece.crc {
+                        Some(crc) => crc,
+                        None => {
+                            out.crc_read += u64::from(piece.len);
+                            look(piece.off, piece.len, true)?.1
+                        }
+                    };
+                    out.append(crc, piece.len);
                 }
                 (sum, first.packet.kind, u64::from(head) + u64::from(tail))
             }
@@ -92,7 +114,10 @@ pub fn compose(
                 let mut sum = Sum::ZERO;
                 let mut at = 0u64;
                 for piece in group {
-                    sum = sum.then(at, sum_of(piece.off, piece.len)?);
+                    let unknown = with_crc && piece.crc.is_none();
+                    let (part, crc) = look(piece.off, piece.len, unknown)?;
+                    sum = sum.then(at, part);
+                    out.append(piece.crc.unwrap_or(crc), piece.len);
                     at += u64::from(piece.len);
                 }
                 (sum, CsumKind::Computed, taken)
@@ -107,6 +132,13 @@ pub fn compose(
         out.kind = CsumKind::Computed;
     }
     Ok(out)
+}
+
+impl Composed {
+    /// `len` bytes more, which have this CRC32C.
+    fn append(&mut self, crc: u32, len: u32) {
+        self.crc = self.crc.map(|so_far| crc::combine(so_far, crc, len.into()));
+    }
 }
 
 /// How many of the first pieces are of one packet, one after the other in it.

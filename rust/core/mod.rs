@@ -12,7 +12,8 @@
 //! | `pmem.rs` | the `Pmem` trait, CRC32C |
 //! | `extent.rs` | frames and extents: names of places in a region |
 //! | `csum.rs` | Internet checksum arithmetic |
-//! | `compose.rs` | the checksum of an object, from those of its packets |
+//! | `compose.rs` | the checksums of an object, from those of its packets |
+//! | `crc.rs` | the CRC32C of a whole, from those of its parts |
 //! | `frame.rs` | the allocator's bookkeeping of data frames |
 //! | `superblock.rs` | superblocks, geometry, format, probe |
 //! | `live.rs` | the live page: roots and counts for readers |
@@ -49,6 +50,7 @@ mod batch;
 mod check;
 mod compact;
 mod compose;
+pub mod crc;
 pub mod csum;
 mod extent;
 mod frame;

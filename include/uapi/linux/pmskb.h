@@ -47,6 +47,12 @@
 #define PMSKB_RELEASE		4
 /** PMSKB_INFO - get: &struct pmskb_sock_info. */
 #define PMSKB_INFO		5
+/**
+ * PMSKB_CRC32C - set, get: __u32, 0 or 1. With 1, packets get a CRC32C where they are
+ * placed, and every put of the socket's tokens is as with PMSKB_OP_CRC32C. Accepted
+ * sockets inherit it.
+ */
+#define PMSKB_CRC32C		6
 
 /**
  * enum pmskb_rx_mode - what receive calls return
@@ -177,6 +183,8 @@ enum pmskb_opcode {
  * number @seq, or with @seq 0 (put) only if it has none (else ESTALE)
  */
 #define PMSKB_OP_IF_SEQ		(1U << 4)
+/** PMSKB_OP_CRC32C - put: the record has a CRC32C of the object, too */
+#define PMSKB_OP_CRC32C		(1U << 5)
 
 /**
  * struct pmskb_ext - a part of what a token holds, or of a buffer
@@ -301,7 +309,8 @@ enum pmskb_unplaced {
  * @derived: packets whose checksum was derived
  * @hardware: packets whose checksum came from the device's sum
  * @computed: packets whose checksum was computed
- * @computed_bytes: payload bytes read by the CPU for a checksum
+ * @computed_bytes: payload bytes read by the CPU for a checksum; those read for a
+ *	CRC32C as well
  * @mismatch: samples where a derived checksum was not the computed one
  */
 struct pmskb_counters {
@@ -360,6 +369,8 @@ struct pmskb_format {
 
 /** PMSKB_ATTACH_READ_ONLY - nothing can be changed, no socket attached (EROFS). */
 #define PMSKB_ATTACH_READ_ONLY	(1U << 0)
+/** PMSKB_ATTACH_CRC32C - every put is as with PMSKB_OP_CRC32C, every socket with PMSKB_CRC32C. */
+#define PMSKB_ATTACH_CRC32C	(1U << 1)
 
 /**
  * struct pmskb_attach - PMSKB_IOC_ATTACH
@@ -394,6 +405,8 @@ struct pmskb_detach {
 
 /** PMSKB_STORE_READ_ONLY - the store was attached to be read, or has failed. */
 #define PMSKB_STORE_READ_ONLY	(1U << 0)
+/** PMSKB_STORE_CRC32C - the store was attached with PMSKB_ATTACH_CRC32C. */
+#define PMSKB_STORE_CRC32C	(1U << 1)
 
 /**
  * struct pmskb_store_info - PMSKB_IOC_INFO

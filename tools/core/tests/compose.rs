@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! Promise: for any split of any number of packets, the checksum that is recorded
-//! equals a computed one, and a whole packet's bytes are not read for it.
+//! equals a computed one, and a whole packet's bytes are not read for it. The same goes for
+//! the CRC32C, if it is wanted.
 
-use pmskb_core::{compose, csum::Sum, CsumKind, Packet, Piece};
+use pmskb_core::{compose, crc, crc32c_software, csum::Sum, CsumKind, Packet, Piece};
 use proptest::prelude::*;
 
 /// Packets that lie one after the other in a region, cut into the extents that
@@ -27,11 +28,13 @@ fn case() -> impl Strategy<Value = Case> {
             Just(CsumKind::Hardware),
             Just(CsumKind::Computed)
         ],
+        // Its CRC32C was computed when it was placed.
+        any::<bool>(),
     );
     proptest::collection::vec(packet, 0..8).prop_map(|packets| {
         let mut bytes = Vec::new();
         let mut pieces = Vec::new();
-        for (nr, (payload, cut, (front, back, whole), kind)) in packets.iter().enumerate() {
+        for (nr, (payload, cut, (front, back, whole), kind, crc)) in packets.iter().enumerate() {
             let start = bytes.len() as u64;
             bytes.extend_from_slice(payload);
             let packet = Packet {
@@ -54,6 +57,8 @@ fn case() -> impl Strategy<Value = Case> {
                         at: a as u32,
                         before: (a - token) as u32,
                         after: (end - b) as u32,
+                        crc: (*crc && (a, b) == (token, end))
+                            .then(|| crc32c_software(0, &payload[a..b])),
                     });
                 }
             }
@@ -64,21 +69,27 @@ fn case() -> impl Strategy<Value = Case> {
 
 proptest! {
     #[test]
-    fn recorded_checksum_equals_a_computed_one(case in case()) {
+    fn recorded_checksum_equals_a_computed_one(case in case(), with_crc in any::<bool>()) {
         let object: Vec<u8> = case
             .pieces
             .iter()
             .flat_map(|p| case.bytes[p.off as usize..][..p.len as usize].to_vec())
             .collect();
         let mut read = 0u64;
-        let composed = compose(&case.pieces, |off, len| {
+        let composed = compose(&case.pieces, with_crc, |off, len, with_crc| {
             read += u64::from(len);
-            Ok(Sum::of(&case.bytes[off as usize..][..len as usize]))
+            let bytes = &case.bytes[off as usize..][..len as usize];
+            // Whoever did not ask gets nothing right.
+            let crc = if with_crc { crc32c_software(0, bytes) } else { 0x5555_5555 };
+            Ok((Sum::of(bytes), crc))
         })
         .unwrap();
         prop_assert_eq!(composed.sum, Sum::of(&object));
-        prop_assert_eq!(composed.read, read);
-        prop_assert!(read <= object.len() as u64);
+        prop_assert_eq!(composed.crc, with_crc.then(|| crc32c_software(0, &object)));
+        prop_assert_eq!(composed.read + composed.crc_read, read);
+        prop_assert!(composed.read <= object.len() as u64);
+        let known: usize = case.pieces.iter().filter(|p| p.crc.is_some()).map(|p| p.len as usize).sum();
+        prop_assert!(composed.crc_read as usize <= object.len() - known);
         let all_known = case.pieces.iter().all(|p| p.packet.kind == CsumKind::Derived);
         if !all_known && !object.is_empty() && composed.kind == CsumKind::Derived {
             prop_assert!(false, "derived, but not all of it was");
@@ -104,14 +115,16 @@ fn whole_packets_are_not_read() {
         at,
         before: 0,
         after: 0,
+        crc: Some(crc32c_software(0, &payload[..len as usize])),
     };
     let pieces = [
         piece(0, 0, 0, 1448),
         piece(1, 1448, 0, 1000),
         piece(1, 8192, 1000, 448),
     ];
-    let composed = compose(&pieces, |_, _| panic!("read")).unwrap();
+    let composed = compose(&pieces, true, |_, _, _| panic!("read")).unwrap();
     assert_eq!(composed.read, 0);
+    assert_eq!(composed.crc, Some(crc32c_software(0, &[7u8; 2896])));
     assert_eq!(composed.kind, CsumKind::Derived);
     assert_eq!(composed.sum, Sum::of(&[7u8; 2896]));
 }
@@ -133,12 +146,35 @@ fn a_header_is_read_instead_of_its_body() {
         at: 111,
         before: 111,
         after: 0,
+        crc: None,
     };
-    let composed = compose(&[body], |off, len| {
-        Ok(Sum::of(&bytes[off as usize..][..len as usize]))
+    let composed = compose(&[body], false, |off, len, _| {
+        Ok((Sum::of(&bytes[off as usize..][..len as usize]), 0))
     })
     .unwrap();
     assert_eq!(composed.read, 111);
     assert_eq!(composed.kind, CsumKind::Derived);
     assert_eq!(composed.sum, Sum::of(&bytes[111..]));
+}
+
+#[test]
+fn a_crc_of_parts_is_that_of_the_whole() {
+    // RFC 3720, B.4: 32 bytes of zeros, of ones, rising.
+    let rising: Vec<u8> = (0..32).collect();
+    for (bytes, right) in [
+        (&[0; 32][..], 0x8a91_36aa),
+        (&[0xff; 32][..], 0x62a8_ab43),
+        (&rising[..], 0x46dd_794e),
+    ] {
+        for cut in 0..=32 {
+            let (a, b) = bytes.split_at(cut);
+            let whole = crc::combine(crc32c_software(0, a), crc32c_software(0, b), b.len() as u64);
+            assert_eq!(whole, right, "cut at {cut}");
+        }
+    }
+    // Lengths that nobody computes byte by byte: twice as many is twice in a row.
+    for len in [1u64 << 12, 1 << 30, (1 << 40) + 5] {
+        let twice = crc::combine(crc::combine(1, 0, len), 0, len);
+        assert_eq!(crc::combine(1, 0, 2 * len), twice);
+    }
 }

@@ -42,6 +42,9 @@ pub struct Attach {
     /// Only to be read: nothing is changed, and no socket can be attached
     #[arg(long)]
     read_only: bool,
+    /// Every object that is put gets a CRC32C, beside its Internet checksum
+    #[arg(long)]
+    crc32c: bool,
 }
 
 /// Arguments of `detach`.
@@ -90,7 +93,7 @@ pub fn format(a: &Format, json: bool) -> anyhow::Result<ExitCode> {
 /// Attaches a store.
 pub fn attach(a: &Attach, json: bool) -> anyhow::Result<ExitCode> {
     let device = device_path(&a.device);
-    let (minor, uuid) = Control::open()?.attach(&device, a.read_only)?;
+    let (minor, uuid) = Control::open()?.attach(&device, a.read_only, a.crc32c)?;
     let uuid = text::uuid(&uuid);
     let node = format!("/dev/pmskb{minor}");
     // udev makes the node, which may take a moment.

@@ -279,6 +279,7 @@ fn value(info: &StoreInfo) -> Value {
         "frames_total": r.frames_total,
         "frames_free": r.frames_free,
         "read_only": r.flags & pmskb_uapi::sys::PMSKB_STORE_READ_ONLY != 0,
+        "crc32c": r.flags & pmskb_uapi::sys::PMSKB_STORE_CRC32C != 0,
         "frames_payload": r.frames_payload,
         "frames_record": r.frames_record,
         "frames_list": r.frames_list,

@@ -76,17 +76,26 @@ impl Control {
         Ok(arg.uuid)
     }
 
-    /// Attaches `device`'s store, so that it can only be read if `read_only`. Returns
+    /// Attaches `device`'s store, so that it can only be read if `read_only`; with `crc32c`
+    /// all its new records have a CRC32C. Returns
     /// N of `/dev/pmskbN`, and the uuid.
-    pub fn attach(&self, device: &Path, read_only: bool) -> Result<(u32, [u8; 16])> {
+    pub fn attach(
+        &self,
+        device: &Path,
+        read_only: bool,
+        crc32c: bool,
+    ) -> Result<(u32, [u8; 16])> {
         let region = open_region(device)?;
+        let mut flags = 0;
+        if read_only {
+            flags |= sys::PMSKB_ATTACH_READ_ONLY;
+        }
+        if crc32c {
+            flags |= sys::PMSKB_ATTACH_CRC32C;
+        }
         let mut arg = sys::pmskb_attach {
             fd: region.as_raw_fd(),
-            flags: if read_only {
-                sys::PMSKB_ATTACH_READ_ONLY
-            } else {
-                0
-            },
+            flags,
             ..Default::default()
         };
         // SAFETY: the request takes a struct pmskb_attach, which `arg` is.
