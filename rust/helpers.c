@@ -48,27 +48,6 @@ const char *pmskb_attach_param(void)
 	return attach;
 }
 
-#ifdef PMSKB_INJECT
-/* See inject.rs. */
-static uint inject;
-module_param(inject, uint, 0644);
-MODULE_PARM_DESC(inject, "Every so manieth allocation fails, 0: none");
-static atomic_t injected = ATOMIC_INIT(0);
-module_param_named(injected, injected.counter, int, 0444);
-MODULE_PARM_DESC(injected, "How many have failed");
-
-bool pmskb_inject_fails(void)
-{
-	static atomic_t asked = ATOMIC_INIT(0);
-	uint nth = READ_ONCE(inject);
-
-	if (!nth || (uint)atomic_inc_return(&asked) % nth)
-		return false;
-	atomic_inc(&injected);
-	return true;
-}
-#endif
-
 /* The disk's list is the driver's: sectors of the whole disk. */
 bool pmskb_bdev_is_bad(struct block_device *bdev, u64 sector, u64 nr)
 {
@@ -540,6 +519,8 @@ void pmskb_skb_part(const struct sk_buff *skb, u32 off, struct pmskb_skb_part *p
 
 void *pmskb_kmalloc_atomic(size_t size)
 {
+	if (pmskb_inject_fails(PMSKB_INJECT_MEMORY))
+		return NULL;
 	return kmalloc(size, GFP_ATOMIC | __GFP_NOWARN);
 }
 

@@ -84,7 +84,23 @@ enum pmskb_cmd {
 };
 
 const char *pmskb_attach_param(void);
-bool pmskb_inject_fails(void);
+
+/* See inject.rs. */
+enum pmskb_inject_kind {
+	PMSKB_INJECT_MEMORY = 1,	/* allocations */
+	PMSKB_INJECT_COPIES = 2,	/* copies from and to user memory */
+	PMSKB_INJECT_MEDIA = 4,		/* reads of the media */
+	PMSKB_INJECT_FRAMES = 8,	/* frames and heads */
+};
+
+#ifdef PMSKB_INJECT
+bool pmskb_inject_fails(u32 kind);
+#else
+static inline bool pmskb_inject_fails(u32 kind)
+{
+	return false;
+}
+#endif
 
 /* Sockets and packets. */
 struct sock;

@@ -173,9 +173,6 @@ impl Ctx {
     }
 
     fn new(sk: NonNull<ext::sock>, mode: u32, flags: kernel::alloc::Flags) -> Result<*mut Ctx> {
-        if crate::inject::fails() {
-            return Err(ENOMEM);
-        }
         let rx = Rx {
             store: None,
             cursor: Cursor::new(),
