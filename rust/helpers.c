@@ -405,6 +405,32 @@ void pmskb_test_skb_checksum(struct sk_buff *skb, u8 ip_summed, u32 csum)
 	skb->ip_summed = ip_summed;
 	skb->csum = (__force __wsum)csum;
 }
+
+/* For unit tests: pages in a row, each on its own, that nobody references. */
+struct page *pmskb_test_pages(void)
+{
+	struct page *first = alloc_pages(GFP_KERNEL, PMSKB_TEST_ORDER);
+	unsigned int at;
+
+	if (!first)
+		return NULL;
+	split_page(first, PMSKB_TEST_ORDER);
+	for (at = 0; at < PMSKB_TEST_PAGES; at++)
+		set_page_count(first + at, 0);
+	return first;
+}
+
+void pmskb_test_pages_free(struct page *first)
+{
+	unsigned int at;
+
+	for (at = 0; at < PMSKB_TEST_PAGES; at++) {
+		if (WARN_ON(page_ref_count(first + at)))
+			continue;
+		set_page_count(first + at, 1);
+		__free_page(first + at);
+	}
+}
 #endif
 
 void pmskb_skb_facts(struct sk_buff *skb, bool v6, struct pmskb_skb_facts *f)

@@ -158,6 +158,11 @@ struct pmskb_flow {
 #define PMSKB_HOOK_PRIORITY 150
 
 void pmskb_spin_lock_init(spinlock_t *lock);
+/* 2 to the power of the order. */
+#define PMSKB_TEST_ORDER 5
+#define PMSKB_TEST_PAGES 32
+struct page *pmskb_test_pages(void);
+void pmskb_test_pages_free(struct page *first);
 struct sk_buff *pmskb_test_skb(const void *bytes, size_t len, size_t linear);
 void pmskb_test_skb_checksum(struct sk_buff *skb, u8 ip_summed, u32 csum);
 void pmskb_skb_facts(struct sk_buff *skb, bool v6, struct pmskb_skb_facts *f);
