@@ -133,9 +133,6 @@ impl Ctx {
         transport: Transport,
         flags: kernel::alloc::Flags,
     ) -> Result<*mut Ctx> {
-        if crate::inject::fails() {
-            return Err(ENOMEM);
-        }
         let rx = Rx {
             store: None,
             cursor: Cursor::new(),

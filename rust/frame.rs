@@ -56,6 +56,16 @@ impl FrameArea {
     ///
     /// Process context. Errors: those of [`Pages::new`], `ENOMEM`.
     pub(crate) fn new(region: &Arc<Region>, first: Frame, count: u32) -> Result<Arc<Self>> {
+        Self::with(region, first, count, Pages::new)
+    }
+
+    /// [`Self::new`]; `pages` takes the base references.
+    fn with(
+        region: &Arc<Region>,
+        first: Frame,
+        count: u32,
+        pages: impl FnOnce(Arc<Region>, u32, u32) -> Result<Pages>,
+    ) -> Result<Arc<Self>> {
         let words = FrameTable::<KVVec<u64>>::words(count);
         let buf = KVVec::from_elem(0u64, words, GFP_KERNEL)?;
         let mut table = FrameTable::new(buf, first, count).map_err(crate::errno)?;
@@ -69,7 +79,7 @@ impl FrameArea {
         for _ in 0..count {
             notes.push(Atomic::new(0), GFP_KERNEL)?;
         }
-        let pages = Pages::new(region.clone(), first.0, count)?;
+        let pages = pages(region.clone(), first.0, count)?;
         Arc::pin_init(
             pin_init!(Self {
                 first: first.0,
@@ -99,7 +109,7 @@ impl FrameArea {
     /// A free frame, Owned, with one hold: the one after `near` if that is free. None when the
     /// store is full but for its reserve. Any context but hard interrupts.
     pub(crate) fn alloc(&self, near: Option<Frame>) -> Option<Frame> {
-        if crate::inject::fails() {
+        if crate::inject::no_frame() {
             return None;
         }
         self.table
@@ -244,7 +254,7 @@ impl FrameArea {
 
 impl pm::Frames for Arc<FrameArea> {
     fn alloc(&self, near: Option<Frame>, need: Need) -> Option<Frame> {
-        if need == Need::New && crate::inject::fails() {
+        if need == Need::New && crate::inject::no_frame() {
             return None;
         }
         self.table
@@ -271,5 +281,147 @@ impl pm::Frames for Arc<FrameArea> {
     fn holds(&self, frame: Frame) -> u32 {
         let state = self.table.lock().state(frame);
         state.map_or(0, |(_, holds)| holds)
+    }
+}
+
+#[kunit_tests(pmskb_frame)]
+mod tests {
+    use super::*;
+    use crate::{
+        note::{self, Note},
+        region::synthetic::{references, region, PAGES},
+    };
+
+    const FIRST: u32 = 2;
+    const COUNT: u32 = PAGES - FIRST;
+
+    fn area() -> Result<(Arc<Region>, Arc<FrameArea>)> {
+        let region = region()?;
+        let area = FrameArea::with(&region, Frame(FIRST), COUNT, Pages::synthetic)?;
+        Ok((region, area))
+    }
+
+    fn put(page: NonNull<bindings::page>) {
+        // SAFETY: The caller has a reference over the base reference.
+        unsafe { crate::bindings::pmskb_page_put(page.as_ptr()) };
+    }
+
+    #[test]
+    fn each_frame_is_given_out_once_and_the_reserve_stays() -> Result {
+        let (region, area) = area()?;
+        let mut given = [false; PAGES as usize];
+        let mut near = None;
+        for nr in 0..COUNT - area.reserve() {
+            let frame = area.alloc(near).ok_or(ENOMEM)?;
+            assert!(frame.0 >= FIRST && !given[frame.0 as usize]);
+            given[frame.0 as usize] = true;
+            // In a row, as the bytes of a stream are.
+            assert_eq!(frame.0, FIRST + nr);
+            assert!(area.state(frame) == Some((FrameState::Owned, 1)));
+            near = Some(frame);
+        }
+        assert!(area.alloc(near).is_none());
+        assert!(area.alloc(None).is_none());
+        assert_eq!(area.counts().free, area.reserve());
+        assert!((FIRST..PAGES).all(|at| references(&region, at) == 1));
+        assert!((0..FIRST).all(|at| references(&region, at) == 0));
+        Ok(())
+    }
+
+    #[test]
+    fn a_frame_is_free_when_its_last_hold_and_the_last_reference_on_its_page_are_gone() -> Result {
+        let (_region, area) = area()?;
+        let frame = area.alloc(None).ok_or(ENOMEM)?;
+        area.hold(frame)?;
+        let page = area.get_page(frame).ok_or(EINVAL)?;
+        assert_eq!(area.frame_of(page.as_ptr()), Some(frame));
+        assert_eq!(area.unhold(frame)?, 1);
+        assert_eq!(area.unhold(frame)?, 0);
+        assert!(area.unhold(frame) == Err(EINVAL));
+        // The stack still looks at it.
+        area.reclaim_all();
+        assert!(area.state(frame) == Some((FrameState::Limbo, 0)));
+        assert_eq!(area.busy(), 1);
+        assert_eq!(area.release(), Err(1));
+        // A hold that comes from there keeps it, whatever becomes of the page.
+        area.hold(frame)?;
+        put(page);
+        area.reclaim_all();
+        assert!(area.state(frame) == Some((FrameState::Held, 1)));
+        assert_eq!(area.unhold(frame)?, 0);
+        area.reclaim_all();
+        assert!(area.state(frame) == Some((FrameState::Free, 0)));
+        assert!(area.hold(frame) == Err(EINVAL));
+        assert_eq!(area.counts().free, COUNT);
+        // A pipe may have any frame's page, a free one's, too.
+        let page = area.get_any_page(frame).ok_or(EINVAL)?;
+        assert_eq!(area.busy(), 1);
+        put(page);
+        assert!(area.get_any_page(Frame(FIRST - 1)).is_none());
+        assert!(area.get_any_page(Frame(PAGES)).is_none());
+        assert_eq!(area.release(), Ok(()));
+        assert!(area.get_page(frame).is_none());
+        Ok(())
+    }
+
+    #[test]
+    fn what_is_known_of_a_page_goes_when_nobody_looks_at_it_any_more() -> Result {
+        let (_region, area) = area()?;
+        let frame = area.alloc(None).ok_or(ENOMEM)?;
+        let page = area.get_page(frame).ok_or(EINVAL)?;
+        for nr in 0..note::MAX {
+            assert!(note::reserve(&area, frame, nr));
+            note::push(
+                &area,
+                frame,
+                Note {
+                    seq: nr,
+                    offset: (100 * nr) as u16,
+                    len: 90,
+                    ..Note::default()
+                },
+            );
+        }
+        for nr in 0..note::MAX {
+            let found = note::find(&area, frame, 100 * nr + 89).ok_or(EINVAL)?;
+            assert_eq!(found.seq, nr);
+            assert!(note::find(&area, frame, 100 * nr + 90).is_none());
+        }
+        area.leave(frame)?;
+        area.reclaim_all();
+        assert_eq!(note::find(&area, frame, 0).ok_or(EINVAL)?.seq, 0);
+        put(page);
+        area.reclaim_all();
+        assert!(note::find(&area, frame, 0).is_none());
+        assert!(area.note(frame).is_some_and(|word| word.load(Relaxed) == 0));
+        // With the area, if it is not idle before.
+        let frame = area.alloc(None).ok_or(ENOMEM)?;
+        assert!(note::reserve(&area, frame, 0));
+        assert_eq!(area.release(), Ok(()));
+        assert!(area.note(frame).is_some_and(|word| word.load(Relaxed) == 0));
+        Ok(())
+    }
+
+    #[test]
+    fn a_frame_with_an_error_is_not_given_out_again() -> Result {
+        let region = region()?;
+        region.set_bad(FIRST + 3);
+        let area = FrameArea::with(&region, Frame(FIRST), COUNT, Pages::synthetic)?;
+        assert!(area.is_bad(Frame(FIRST + 3)) && !area.is_bad(Frame(FIRST + 4)));
+        assert_eq!(area.counts().bad, 1);
+        // One that has an owner when it happens.
+        let owned = area.alloc(None).ok_or(ENOMEM)?;
+        area.mark_bad(owned);
+        assert_eq!(area.counts().bad_held, 1);
+        assert_eq!(area.unhold(owned)?, 0);
+        area.reclaim_all();
+        assert!(area.state(owned) == Some((FrameState::Bad, 0)));
+        let mut nr = 0;
+        while let Some(frame) = area.alloc(None) {
+            assert!(frame != owned && frame != Frame(FIRST + 3));
+            nr += 1;
+        }
+        assert_eq!(nr, COUNT - 2 - area.reserve());
+        Ok(())
     }
 }

@@ -122,7 +122,7 @@ impl HeadArea {
     /// live.
     pub(crate) fn alloc(&self, size: usize) -> Option<HeadSlot> {
         let size = size.checked_next_multiple_of(LINE)?;
-        if size == 0 || size > PAGE || crate::inject::fails() {
+        if size == 0 || size > PAGE || crate::inject::no_frame() {
             return None;
         }
         // SAFETY: Any CPU's page will do: being moved meanwhile costs only locality.

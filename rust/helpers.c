@@ -60,27 +60,6 @@ const char *pmskb_attach_param(void)
 	return attach;
 }
 
-#ifdef PMSKB_INJECT
-/* See inject.rs. */
-static uint inject;
-module_param(inject, uint, 0644);
-MODULE_PARM_DESC(inject, "Every so manieth allocation fails, 0: none");
-static atomic_t injected = ATOMIC_INIT(0);
-module_param_named(injected, injected.counter, int, 0444);
-MODULE_PARM_DESC(injected, "How many have failed");
-
-bool pmskb_inject_fails(void)
-{
-	static atomic_t asked = ATOMIC_INIT(0);
-	uint nth = READ_ONCE(inject);
-
-	if (!nth || (uint)atomic_inc_return(&asked) % nth)
-		return false;
-	atomic_inc(&injected);
-	return true;
-}
-#endif
-
 /* The disk's list is the driver's: sectors of the whole disk. */
 bool pmskb_bdev_is_bad(struct block_device *bdev, u64 sector, u64 nr)
 {
@@ -438,6 +417,32 @@ void pmskb_test_skb_checksum(struct sk_buff *skb, u8 ip_summed, u32 csum)
 	skb->ip_summed = ip_summed;
 	skb->csum = (__force __wsum)csum;
 }
+
+/* For unit tests: pages in a row, each on its own, that nobody references. */
+struct page *pmskb_test_pages(void)
+{
+	struct page *first = alloc_pages(GFP_KERNEL, PMSKB_TEST_ORDER);
+	unsigned int at;
+
+	if (!first)
+		return NULL;
+	split_page(first, PMSKB_TEST_ORDER);
+	for (at = 0; at < PMSKB_TEST_PAGES; at++)
+		set_page_count(first + at, 0);
+	return first;
+}
+
+void pmskb_test_pages_free(struct page *first)
+{
+	unsigned int at;
+
+	for (at = 0; at < PMSKB_TEST_PAGES; at++) {
+		if (WARN_ON(page_ref_count(first + at)))
+			continue;
+		set_page_count(first + at, 1);
+		__free_page(first + at);
+	}
+}
 #endif
 
 void pmskb_skb_facts(struct sk_buff *skb, bool v6, struct pmskb_skb_facts *f)
@@ -553,6 +558,8 @@ void pmskb_skb_part(const struct sk_buff *skb, u32 off, struct pmskb_skb_part *p
 
 void *pmskb_kmalloc_atomic(size_t size)
 {
+	if (pmskb_inject_fails(PMSKB_INJECT_MEMORY))
+		return NULL;
 	return kmalloc(size, GFP_ATOMIC | __GFP_NOWARN);
 }
 

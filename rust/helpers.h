@@ -85,7 +85,23 @@ enum pmskb_cmd {
 };
 
 const char *pmskb_attach_param(void);
-bool pmskb_inject_fails(void);
+
+/* See inject.rs. */
+enum pmskb_inject_kind {
+	PMSKB_INJECT_MEMORY = 1,	/* allocations */
+	PMSKB_INJECT_COPIES = 2,	/* copies from and to user memory */
+	PMSKB_INJECT_MEDIA = 4,		/* reads of the media */
+	PMSKB_INJECT_FRAMES = 8,	/* frames and heads */
+};
+
+#ifdef PMSKB_INJECT
+bool pmskb_inject_fails(u32 kind);
+#else
+static inline bool pmskb_inject_fails(u32 kind)
+{
+	return false;
+}
+#endif
 
 /* Sockets and packets. */
 struct sock;
@@ -150,6 +166,11 @@ struct pmskb_flow {
 #define PMSKB_HOOK_PRIORITY 150
 
 void pmskb_spin_lock_init(spinlock_t *lock);
+/* 2 to the power of the order. */
+#define PMSKB_TEST_ORDER 5
+#define PMSKB_TEST_PAGES 32
+struct page *pmskb_test_pages(void);
+void pmskb_test_pages_free(struct page *first);
 struct sk_buff *pmskb_test_skb(const void *bytes, size_t len, size_t linear);
 void pmskb_test_skb_checksum(struct sk_buff *skb, u8 ip_summed, u32 csum);
 void pmskb_skb_facts(struct sk_buff *skb, bool v6, struct pmskb_skb_facts *f);

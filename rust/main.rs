@@ -33,7 +33,7 @@
 //! | `vma.rs` | mappings in user space |
 //! | `cell.rs` | statics that C code wants pointers to |
 //! | `lock.rs` | a spinlock that softirqs may take |
-//! | `inject.rs` | allocations that fail on purpose, in builds for tests only |
+//! | `inject.rs`, `failing.c` | what fails on purpose, in builds for tests only |
 //! | `core/` | format, log, index, commit, recovery: the same files as in user space |
 
 use kernel::prelude::*;

@@ -112,9 +112,6 @@ pub(crate) fn reserve(area: &FrameArea, frame: Frame, have: u32) -> bool {
                 word = &block.next;
             }
             None => {
-                if crate::inject::fails() {
-                    return false;
-                }
                 let block = KBox::new(
                     Block {
                         next: Atomic::new(0),

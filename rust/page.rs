@@ -38,6 +38,19 @@ impl Pages {
     /// Errors: `EINVAL` if the pages are not in the region, `EADDRINUSE` if somebody uses one of
     /// them, or it is part of a larger one.
     pub(crate) fn new(region: Arc<Region>, first: u32, count: u32) -> Result<Self> {
+        // SAFETY: The page exists, by `take`.
+        Self::take(region, first, count, |page| unsafe {
+            ext::pmskb_page_is_idle_dax(page)
+        })
+    }
+
+    /// [`Self::new`], if all pages are idle.
+    fn take(
+        region: Arc<Region>,
+        first: u32,
+        count: u32,
+        idle: impl Fn(*mut bindings::page) -> bool,
+    ) -> Result<Self> {
         let end = first.checked_add(count).ok_or(EINVAL)?;
         if end as usize > region.pages() {
             return Err(EINVAL);
@@ -50,15 +63,15 @@ impl Pages {
         };
         for at in 0..count {
             let page = pages.raw(at);
-            // SAFETY: The region is claimed and its driver bound, so it has struct pages.
-            if !unsafe { ext::pmskb_page_is_idle_dax(page) } {
+            // The region is claimed and its driver bound, so it has struct pages.
+            if !idle(page) {
                 for done in 0..at {
-                    // SAFETY: As above; it was set to 1 by us just now.
+                    // SAFETY: There are struct pages; it was set to 1 by us just now.
                     unsafe { ext::pmskb_page_ref_set(pages.raw(done), 0) };
                 }
                 return Err(Error::from_errno(-(bindings::EADDRINUSE as i32)));
             }
-            // SAFETY: As above; with a count of 0 it is nobody's, and the region is ours.
+            // SAFETY: There are struct pages; with a count of 0 it is nobody's, and the region is ours.
             unsafe { ext::pmskb_page_ref_set(page, 1) };
         }
         // INVARIANT: All pages have their base reference.
@@ -175,5 +188,124 @@ impl Drop for Pages {
             // Nothing that we could do: whoever holds them keeps a page that will be reused.
             pr_err!("{busy} pages still referenced\n");
         }
+    }
+}
+
+#[cfg(CONFIG_KUNIT = "y")]
+impl Pages {
+    /// Of a synthetic region, whose pages are no DAX device's.
+    pub(crate) fn synthetic(region: Arc<Region>, first: u32, count: u32) -> Result<Self> {
+        // SAFETY: The page exists, by `take`.
+        Self::take(region, first, count, |page| unsafe {
+            ext::pmskb_page_ref_count(page) == 0
+        })
+    }
+}
+
+#[kunit_tests(pmskb_page)]
+mod tests {
+    use super::*;
+    use crate::region::synthetic::{references, region, PAGES};
+
+    fn put(page: NonNull<bindings::page>) {
+        // SAFETY: The caller has a reference over the base reference.
+        unsafe { ext::pmskb_page_put(page.as_ptr()) };
+    }
+
+    #[test]
+    fn base_references_are_taken_of_all_pages_or_of_none() -> Result {
+        let region = region()?;
+        assert!(matches!(Pages::synthetic(region.clone(), 1, PAGES), Err(e) if e == EINVAL));
+        assert!(Pages::synthetic(region.clone(), u32::MAX, 2).is_err());
+        {
+            let some = Pages::synthetic(region.clone(), 10, 3)?;
+            assert_eq!(some.count(), 3);
+            for at in 0..PAGES {
+                let ours = (10..13).contains(&at);
+                assert_eq!(references(&region, at), i32::from(ours));
+            }
+            // They are in use, says whoever wants them as well.
+            let busy = Error::from_errno(-(bindings::EADDRINUSE as i32));
+            assert!(matches!(Pages::synthetic(region.clone(), 8, 8), Err(e) if e == busy));
+            for at in 0..PAGES {
+                assert_eq!(references(&region, at), i32::from((10..13).contains(&at)));
+            }
+        }
+        assert!((0..PAGES).all(|at| references(&region, at) == 0));
+        Ok(())
+    }
+
+    #[test]
+    fn a_page_is_idle_while_nobody_but_us_has_it() -> Result {
+        let region = region()?;
+        let pages = Pages::synthetic(region.clone(), 2, 8)?;
+        let page = pages.get(5).ok_or(EINVAL)?;
+        assert_eq!(pages.users(5), 1);
+        assert_eq!(pages.busy(), 1);
+        assert!(!pages.if_idle(5, || unreachable!()));
+        let again = pages.get(5).ok_or(EINVAL)?;
+        assert_eq!(again, page);
+        assert_eq!(pages.users(5), 2);
+        put(page);
+        assert!(!pages.if_idle(5, || unreachable!()));
+        put(again);
+        assert_eq!(pages.users(5), 0);
+        // Meanwhile nobody can take one.
+        let mut frozen = -1;
+        assert!(pages.if_idle(5, || frozen = references(&region, 7)));
+        assert_eq!(frozen, 0);
+        assert_eq!(references(&region, 7), 1);
+        // None of these pages.
+        assert!(pages.get(8).is_none());
+        assert!(!pages.if_idle(8, || unreachable!()));
+        assert_eq!(pages.users(8), 0);
+        Ok(())
+    }
+
+    #[test]
+    fn base_references_go_when_all_pages_are_idle_and_not_before() -> Result {
+        let region = region()?;
+        let pages = Pages::synthetic(region.clone(), 0, PAGES)?;
+        let one = pages.get(3).ok_or(EINVAL)?;
+        let other = pages.get(PAGES - 1).ok_or(EINVAL)?;
+        assert_eq!(pages.release(), Err(2));
+        put(one);
+        assert_eq!(pages.release(), Err(1));
+        assert!((0..PAGES - 1).all(|at| references(&region, at) == 1));
+        assert_eq!(references(&region, PAGES - 1), 2);
+        put(other);
+        assert_eq!(pages.release(), Ok(()));
+        assert!((0..PAGES).all(|at| references(&region, at) == 0));
+        // They are somebody else's now.
+        assert!(pages.get(3).is_none());
+        assert!(!pages.if_idle(3, || unreachable!()));
+        assert_eq!(pages.users(3), 0);
+        assert_eq!(pages.release(), Ok(()));
+        Ok(())
+    }
+
+    #[test]
+    fn pages_are_told_from_those_beside_them() -> Result {
+        let region = region()?;
+        let pages = Pages::synthetic(region.clone(), 4, 4)?;
+        for at in 0..PAGES {
+            // SAFETY: Arithmetic.
+            let page = unsafe { ext::pmskb_pfn_to_page(region.pfn() + at as usize) };
+            assert_eq!(pages.index_of(page), at.checked_sub(4).filter(|at| *at < 4));
+        }
+        for at in 0..4 {
+            assert_eq!(
+                pages.page(at).map(|page| pages.index_of(page.as_ptr())),
+                Some(Some(at))
+            );
+            assert_eq!(
+                pages.addr(at),
+                region.addr((4 + at as usize) * crate::region::PAGE)
+            );
+        }
+        assert!(pages.page(4).is_none() && pages.addr(4).is_none());
+        region.set_bad(5);
+        assert!((0..4).all(|at| pages.is_bad(at) == (at == 1)));
+        Ok(())
     }
 }

@@ -228,6 +228,9 @@ enum Device {
     Block(NonNull<bindings::file>),
     /// `/dev/daxN.M`; the file that named it keeps its driver's module.
     Char(#[allow(dead_code)] ARef<LocalFile>),
+    /// None: memory made up for unit tests.
+    #[cfg(CONFIG_KUNIT = "y")]
+    Synthetic(#[allow(dead_code)] synthetic::Memory),
 }
 
 /// The DAX memory of one device, claimed.
@@ -298,6 +301,8 @@ impl Device {
             // SAFETY: The file came from `bdev_file_open_by_dev()` and is closed once.
             Device::Block(file) => unsafe { bindings::bdev_fput(file.as_ptr()) },
             Device::Char(file) => drop(file),
+            #[cfg(CONFIG_KUNIT = "y")]
+            Device::Synthetic(memory) => drop(memory),
         }
     }
 }
@@ -927,5 +932,68 @@ impl pm::Pmem for Media {
     }
     fn crc32c(&self, crc: u32, data: &[u8]) -> u32 {
         self.0.crc32c(crc, data)
+    }
+}
+
+/// Regions made up for unit tests: ordinary memory, whose pages nobody references.
+#[cfg(CONFIG_KUNIT = "y")]
+pub(crate) mod synthetic {
+    use super::*;
+
+    /// Pages of ordinary memory, each on its own. All have a reference count of 0 again when this
+    /// is dropped.
+    pub(crate) struct Memory(*mut bindings::page);
+
+    /// Pages of a region.
+    pub(crate) const PAGES: u32 = ext::PMSKB_TEST_PAGES;
+
+    impl Drop for Memory {
+        fn drop(&mut self) {
+            // SAFETY: From `pmskb_test_pages()`, freed once.
+            unsafe { ext::pmskb_test_pages_free(self.0) };
+        }
+    }
+
+    fn hook(_holder: &Arc<Holder>, _failure: Failure) {}
+
+    /// A region of [`PAGES`] pages.
+    pub(crate) fn region() -> Result<Arc<Region>> {
+        // SAFETY: No requirements.
+        let first = NonNull::new(unsafe { ext::pmskb_test_pages() }).ok_or(ENOMEM)?;
+        let memory = Memory(first.as_ptr());
+        // SAFETY: The first of the pages, which are in the direct map.
+        let (base, pfn) = unsafe {
+            (
+                ext::pmskb_page_address(first.as_ptr()),
+                ext::pmskb_page_to_pfn(first.as_ptr()),
+            )
+        };
+        // INVARIANT: There is no DAX device, and `closed` says that nothing is to be put; the
+        // pages are `memory`'s, which goes last.
+        let region = Region {
+            dax: NonNull::dangling(),
+            holder: Listed::new(hook)?,
+            base: NonNull::new(base.cast()).ok_or(ENOMEM)?,
+            pfn,
+            len: PAGES as usize * PAGE,
+            start: 0,
+            bad: bits(PAGES as usize)?,
+            hit: bits(PAGES as usize)?,
+            data: SetOnce::new(),
+            gone: AtomicFlag::new(false),
+            any_bad: AtomicFlag::new(false),
+            trouble: AtomicFlag::new(false),
+            closed: AtomicFlag::new(true),
+            lines: Atomic::new(0),
+            fences: Atomic::new(0),
+            device: Device::Synthetic(memory),
+        };
+        Ok(Arc::new(region, GFP_KERNEL)?)
+    }
+
+    /// References on page `at` of a region.
+    pub(crate) fn references(region: &Region, at: u32) -> i32 {
+        // SAFETY: The page is there.
+        unsafe { ext::pmskb_page_ref_count(ext::pmskb_pfn_to_page(region.pfn() + at as usize)) }
     }
 }

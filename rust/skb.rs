@@ -266,9 +266,6 @@ impl Fresh {
         let Some(headers) = from.linear(front, len) else {
             return Err(head);
         };
-        if crate::inject::fails() {
-            return Err(head);
-        }
         let raw = match &head {
             Head::Pm(slot) => {
                 // SAFETY: The slot is ours, `size` bytes, with a reference on its page, which

@@ -52,6 +52,9 @@ const MAX_STORES: usize = 256;
 const DETACH_MS: u32 = 2000;
 const DETACH_MAX_MS: u32 = 60_000;
 
+/// In [`Store::files`]: none is open, and none can be opened.
+const SHUT: i32 = i32::MIN / 2;
+
 const LIVE: u32 = 0;
 const STOPPING: u32 = 1;
 const DEAD: u32 = 2;
@@ -168,7 +171,7 @@ pub(crate) struct Store {
     state: Atomic<u32>,
     /// Those inside: [`Entered`].
     users: Atomic<i32>,
-    /// Open files.
+    /// Open files, or [`SHUT`].
     files: Atomic<i32>,
     /// Attached sockets.
     sockets: Atomic<i32>,
@@ -348,8 +351,7 @@ impl Store {
 
     /// A file is opened. `ENODEV` if the store is going or gone.
     pub(crate) fn file_opened(&self) -> Result {
-        self.files.fetch_add(1, Full);
-        if self.state.load(Relaxed) != LIVE {
+        if self.files.fetch_add(1, Full) < 0 || self.state.load(Relaxed) != LIVE {
             self.files.fetch_sub(1, Full);
             return Err(ENODEV);
         }
@@ -714,20 +716,25 @@ pub(crate) fn detach(minor: u32, timeout_ms: u32, unpublish: impl FnOnce(&Arc<St
         DEAD => true,
         _ => return Err(EBUSY),
     };
-    let used = || store.files.load(Relaxed) > 0 || store.sockets.load(Relaxed) > 0;
-    // Before anything: whoever uses the store shall not notice a detach that is refused.
-    if used() {
+    let used = || store.sockets.load(Relaxed) > 0;
+    // Before the state changes: whoever has the store open, or a socket of it, shall not notice a
+    // detach that is refused. Sockets come by way of files, or of other sockets.
+    if used() || store.files.cmpxchg(0, SHUT, Full).is_err() {
         return Err(EBUSY);
-    }
-    if !dead {
-        store.state.xchg(STOPPING, Full);
     }
     let back = |error| {
         if !dead {
             store.state.store(LIVE, Relaxed);
         }
+        store.files.fetch_sub(SHUT, Full);
         Err(error)
     };
+    if used() {
+        return back(EBUSY);
+    }
+    if !dead {
+        store.state.xchg(STOPPING, Full);
+    }
     if used() {
         return back(EBUSY);
     }

@@ -75,9 +75,6 @@ impl Tokens {
     }
 
     fn grow(&mut self, flows: bool) -> Result {
-        if crate::inject::fails() {
-            return Err(ENOMEM);
-        }
         let size = (self.slots.len() * 2).max(FIRST);
         let mut slots = KVVec::from_elem(EMPTY, size, GFP_KERNEL_ACCOUNT)?;
         let mut to = match flows {

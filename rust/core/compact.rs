@@ -207,8 +207,7 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
             Ok(())
         })?;
         // What is damaged or cannot be read, and held something, stays where it is.
-        let frame = Frame::of(header.off).ok_or(Error::Damaged)?;
-        movable &= self.frames.holds(frame) == 1 + records;
+        movable &= self.holds_only(header, records)?;
         let header = *header;
         Ok((movable && lines < LINES).then_some(Gauge {
             header,
@@ -254,10 +253,13 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         let to = to.ok_or(Error::NoSpace)?;
         let filled = self.fill_frame(group, to, scratch, &mut done);
         let (header, word, batch) = match filled {
-            Ok(filled) => filled,
-            Err(Error::NoSpace) => {
-                self.unfill(to)?;
-                return Err(Error::NoSpace);
+            Ok(Some(filled)) => filled,
+            // No space, or a record that could be read a moment ago.
+            Err(Error::NoSpace) | Ok(None) => {
+                let undone = self.unfill(to);
+                self.failed = undone.is_err();
+                let error = filled.err().unwrap_or(Error::Io);
+                return undone.and(Err(error));
             }
             Err(error) => {
                 self.failed = true;
@@ -272,14 +274,14 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
     }
 
     /// Writes the live records of `group` into the frame `to`, which does not
-    /// count yet.
+    /// count yet. None if one of them cannot be read any more.
     fn fill_frame(
         &mut self,
         group: &[FrameHeader],
         to: Frame,
         scratch: &mut [Extent],
         done: &mut Compacted,
-    ) -> Result<(FrameHeader, u64, Batch)> {
+    ) -> Result<Option<(FrameHeader, u64, Batch)>> {
         let base_seq = group.first().ok_or(Error::Invalid)?.base_seq;
         let (header, word) = self.write_header(to, base_seq, false)?;
         // So that `unfill` sees where the records end.
@@ -290,14 +292,26 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         let mut batch = Batch::new(self.batch_number);
         batch.push(&self.pm, to.off(), word)?;
         for from in group {
+            let mut records = 0;
             self.each_record(from, |store, record| {
                 let loc = Locator(to.off() + line * LINE_SIZE);
                 line += store.copy_record(record, loc, header.nonce, scratch, done)?;
+                records += 1;
                 Ok(())
             })?;
+            if !broken!("compact_unread") && !self.holds_only(from, records)? {
+                return Ok(None);
+            }
             batch.push(&self.pm, from.off, 0)?;
         }
-        Ok((header, word, batch))
+        Ok(Some((header, word, batch)))
+    }
+
+    /// Whether a record frame is held by so many records, and nothing else: then none was passed
+    /// over because it could not be read.
+    fn holds_only(&self, header: &FrameHeader, records: u32) -> Result<bool> {
+        let frame = Frame::of(header.off).ok_or(Error::Damaged)?;
+        Ok(self.frames.holds(frame) == 1 + records)
     }
 
     /// Copies one record to `loc`; how many lines it has there.
@@ -468,7 +482,9 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         if log.insert(&self.pm, &mut self.pool, &base, to.off)? != group.first().map(|f| f.off) {
             return Err(Error::Damaged);
         }
+        let mut records = 0;
         self.each_record(to, |store, record| {
+            records += 1;
             if !record.keyed() {
                 return Ok(());
             }
@@ -479,6 +495,10 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
                 None => Err(Error::Damaged),
             }
         })?;
+        // The index of one that was passed over leads to its old place, which stays.
+        if !broken!("compact_unread") && !self.holds_only(to, records)? {
+            return Err(Error::Io);
+        }
         for (index, from) in group.iter().enumerate() {
             if index > 0 {
                 let base = from.base_seq.to_be_bytes();
@@ -500,6 +520,9 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
                 store.frames.unhold(frame, 0)?;
                 Ok(())
             })?;
+            if !self.holds_only(from, 0)? {
+                return Err(Error::Io);
+            }
             self.pm.store(from.off, 0)?;
             self.flush(from.off, 8)?;
             self.push_empty(frame)?;

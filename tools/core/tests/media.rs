@@ -17,6 +17,8 @@ struct Bad {
     trap: Cell<bool>,
     /// After so many accesses the frame there goes bad.
     soon: Cell<Option<(u64, u64)>>,
+    /// After so many reads one fails, and what it wanted can be read the next time.
+    once: Cell<Option<u64>>,
 }
 
 impl Bad {
@@ -54,6 +56,13 @@ impl Pmem for Bad {
     }
     fn read(&self, off: u64, to: &mut [u8]) -> Result<()> {
         self.check(off, to.len() as u64)?;
+        match self.once.get() {
+            Some(0) => {
+                self.once.set(None);
+                return Err(Error::Io);
+            }
+            left => self.once.set(left.map(|left| left - 1)),
+        }
         self.pm.read(off, to)
     }
     fn load(&self, off: u64) -> Result<u64> {
@@ -93,7 +102,12 @@ fn open() -> BadStore {
         lines: RefCell::default(),
         trap: Cell::new(false),
         soon: Cell::new(None),
+        once: Cell::new(None),
     };
+    attach(pm)
+}
+
+fn attach(pm: Bad) -> BadStore {
     let geo = probe(&pm).unwrap().superblock.geometry;
     let frames = HostFrames::new(&geo).unwrap();
     let work = vec![0; BadStore::WORK_WORDS];
@@ -391,4 +405,74 @@ fn an_index_that_cannot_be_read_ends_the_store() {
     }
     assert!(left > 0 && store.read_only());
     assert_eq!(store.frames().0.borrow().counts().free, free);
+}
+
+/// One read fails, anywhere in a compaction. Afterwards every record is where its key leads, in the
+/// store that goes on and in the next one.
+#[test]
+fn a_read_that_fails_once_in_a_compaction_loses_nothing() {
+    let (mut went_on, mut ended) = (0, 0);
+    for reads in 0.. {
+        let mut store = open();
+        let mut kept = Vec::new();
+        for nr in 0..200 {
+            let put = put_now(&mut store, &format!("{nr:03}")).unwrap();
+            if nr % 5 == 0 {
+                kept.push((format!("{nr:03}"), put.seq));
+            }
+        }
+        for nr in (0..200).filter(|nr| nr % 5 != 0) {
+            store.delete(format!("{nr:03}").as_bytes(), None).unwrap();
+        }
+        store.commit().unwrap();
+        let all_there = |store: &BadStore| {
+            for (key, seq) in &kept {
+                let loc = store.lookup(key.as_bytes()).unwrap();
+                let loc = loc.unwrap_or_else(|| panic!("{key} is lost, {reads}"));
+                assert_eq!(
+                    store.record(loc).map(|record| record.seq),
+                    Ok(*seq),
+                    "{reads}"
+                );
+            }
+        };
+        store.pm().once.set(Some(reads));
+        let mut scratch = [Extent::new(0, 0); 16];
+        let mut compact = |store: &mut BadStore| -> Result<u32> {
+            let (mut from, mut moved) = (0, 0);
+            loop {
+                let step = store.compact(from, &mut scratch)?;
+                moved += step.records;
+                match step.next {
+                    Some(next) => from = next,
+                    None => return Ok(moved),
+                }
+            }
+        };
+        let moved = compact(&mut store);
+        let over = store.pm().once.take().is_some();
+        all_there(&store);
+        if store.read_only() {
+            ended += 1;
+        } else {
+            went_on += 1;
+            // What was left is done now.
+            compact(&mut store).unwrap();
+            store.sync_pending().unwrap();
+            assert!(store.stats().record_frames <= 3, "{reads}");
+            all_there(&store);
+        }
+        let (_, pm, _, _) = store.close();
+        let store = attach(pm);
+        all_there(&store);
+        assert_eq!(store.stats().records, kept.len() as u64);
+        if over {
+            assert!(moved.unwrap() > 0);
+            break;
+        }
+    }
+    assert!(
+        went_on > 10 && ended > 0,
+        "{went_on} went on, {ended} ended"
+    );
 }

@@ -3,7 +3,7 @@
 #
 # Takes one flush, fence or check at a time out of the core, and sees to it that a test
 # fails without it: the crash tests, or for a check that readers make, the model of
-# their protocol. Prints TAP.
+# their protocol, or for one against media errors, their tests. Prints TAP.
 #
 #     run-broken.sh [NAME]...
 cd "$(dirname "$0")/.." || exit 1
@@ -22,8 +22,9 @@ build() {
 
 crash=$(build crash)
 model=$(build model)
-if [ ! -x "$crash" ] || [ ! -x "$model" ]; then
-	sed 's/^/# /' "$log/build-crash.log" "$log/build-model.log"
+media=$(build media)
+if [ ! -x "$crash" ] || [ ! -x "$model" ] || [ ! -x "$media" ]; then
+	sed 's/^/# /' "$log/build-crash.log" "$log/build-model.log" "$log/build-media.log"
 	echo "Bail out! the tests do not build"
 	exit 1
 fi
@@ -42,6 +43,7 @@ for what; do
 	case $what in
 	# It stops at the first schedule that shows it.
 	reader_*) set -- env PMSKB_SCHEDULES=500 "$model" readers_are ;;
+	compact_unread) set -- "$media" ;;
 	*) set -- "$crash" ;;
 	esac
 	if PMSKB_BREAK=$what "$@" >"$log/$what.log" 2>&1; then
