@@ -723,7 +723,7 @@ TEST_F_TIMEOUT(life, a_frame_that_tcp_has_mapped_holds_up_the_removal, 120)
 	if (!pid) {
 		/* The mapping is its parent's alone. */
 		munmap(map, MAP);
-		_exit(poke(driver, "unbind", name) ? 1 : 0);
+		_exit(driver_unbind(driver, name) ? 1 : 0);
 	}
 	usleep(700000);
 	ASSERT_EQ(0, waitpid(pid, &st, WNOHANG)) TH_LOG("the device went from under a mapping");
@@ -743,7 +743,7 @@ TEST_F_TIMEOUT(life, a_frame_that_tcp_has_mapped_holds_up_the_removal, 120)
 	self->s.minor = ~0U;
 	close(self->s.dev);
 	self->s.dev = -1;
-	ASSERT_EQ(0, bind_again(variant->dev, driver, name));
+	ASSERT_EQ(0, driver_bind(variant->dev, driver, name));
 }
 
 /* This process and those that it starts, on one CPU; on any for -1. */
