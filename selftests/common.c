@@ -276,6 +276,19 @@ int store_back(const struct store *s, int ms, struct pmskb_store_info *info)
 	}
 }
 
+int store_drained(const struct store *s, struct pmskb_store_info *info)
+{
+	int k, err;
+
+	for (k = 0; k < 500 * slowness(); k++) {
+		err = store_info(s, info);
+		if (err || (!info->sockets && !info->tokens && !info->frames_held))
+			return err;
+		usleep(20000);
+	}
+	return -ETIMEDOUT;
+}
+
 const char *info_wrong(const struct pmskb_store_info *info, uint64_t key_bytes, bool shared)
 {
 	static char why[200];
@@ -934,28 +947,28 @@ int driver_of(enum dev dev, char *driver, char *name, size_t size)
 	return 0;
 }
 
-static int poke(const char *dir, const char *file, const char *what)
+int write_file(const char *dir, const char *file, const char *text)
 {
 	char path[PATH_MAX];
 	int fd, err;
 
 	snprintf(path, sizeof(path), "%s/%s", dir, file);
-	fd = open(path, O_WRONLY);
+	fd = open(path, O_WRONLY | O_CLOEXEC);
 	if (fd < 0)
 		return -errno;
-	err = write(fd, what, strlen(what)) < 0 ? -errno : 0;
+	err = write(fd, text, strlen(text)) < 0 ? -errno : 0;
 	close(fd);
 	return err;
 }
 
-int driver_unbind(const char *driver, const char *name)
+int dev_unbind(const char *driver, const char *name)
 {
 	pid_t pid = fork();
 	int k, st;
 
 	if (!pid)
-		_exit(poke(driver, "unbind", name) ? 1 : 0);
-	for (k = 0; k < 3000; k++) {
+		_exit(write_file(driver, "unbind", name) ? 1 : 0);
+	for (k = 0; k < 3000 * slowness(); k++) {
 		if (waitpid(pid, &st, WNOHANG) == pid)
 			return st ? -EIO : 0;
 		usleep(10000);
@@ -963,12 +976,12 @@ int driver_unbind(const char *driver, const char *name)
 	return -ETIMEDOUT;
 }
 
-int driver_bind(enum dev dev, const char *driver, const char *name)
+int dev_bind(enum dev dev, const char *driver, const char *name)
 {
 	const char *why, *path;
-	int err = poke(driver, "bind", name), k, fd;
+	int err = write_file(driver, "bind", name), k, fd;
 
-	for (k = 0; !err && k < 500; k++) {
+	for (k = 0; !err && k < 500 * slowness(); k++) {
 		path = dev_path(dev, &why);
 		fd = path ? open(path, O_RDWR | O_CLOEXEC) : -1;
 		if (fd >= 0) {
@@ -978,4 +991,34 @@ int driver_bind(enum dev dev, const char *driver, const char *name)
 		usleep(10000);
 	}
 	return err ?: -ENODEV;
+}
+
+long read_number(const char *path)
+{
+	FILE *f = fopen(path, "r");
+	long v = -1;
+
+	if (!f)
+		return -1;
+	if (fscanf(f, "%ld", &v) != 1)
+		v = -1;
+	fclose(f);
+	return v;
+}
+
+long module_references(void)
+{
+	return read_number("/sys/module/pmskb/refcnt");
+}
+
+void run_on(int cpu)
+{
+	cpu_set_t set;
+	int i;
+
+	CPU_ZERO(&set);
+	for (i = 0; i < CPU_SETSIZE; i++)
+		if (cpu < 0 || i == cpu)
+			CPU_SET(i, &set);
+	sched_setaffinity(0, sizeof(set), &set);
 }

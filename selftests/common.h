@@ -82,21 +82,33 @@ int store_quiet(const struct store *s, int ms, struct pmskb_store_info *info);
  * something happens there. It is detach that is exact.
  */
 #define STORE_SLACK 128
-/* The directory in sysfs of the driver of a region's device, and the device's name in it. */
-int driver_of(enum dev dev, char *driver, char *name, size_t size);
-/* In a process of its own: should it hang, this says so. */
-int driver_unbind(const char *driver, const char *name);
-/* Binds the driver again, and waits for the device's node. */
-int driver_bind(enum dev dev, const char *driver, const char *name);
 int store_back(const struct store *s, int ms, struct pmskb_store_info *info);
 /*
  * Takes frames away until about `left` are free, so that they are used again soon. How many
  * descriptors it has put into fds; closing them gives the frames back.
  */
 int store_scarce(const struct store *s, uint64_t left, int *fds, int nr);
+/* Waits until nothing is left of sockets but records. */
+int store_drained(const struct store *s, struct pmskb_store_info *info);
 
 /* What does not add up in info, or NULL. Without `shared`, no record has bytes of another. */
 const char *info_wrong(const struct pmskb_store_info *info, uint64_t key_bytes, bool shared);
+
+/* The directory in sysfs of the driver of a region's device, and the device's name in it. */
+int driver_of(enum dev dev, char *driver, char *name, size_t size);
+/* Takes the driver off. In a process of its own: should that hang, this is -ETIMEDOUT. */
+int dev_unbind(const char *driver, const char *name);
+/* Binds the driver again, and waits for the device's node. */
+int dev_bind(enum dev dev, const char *driver, const char *name);
+
+/* A number in a file, or -1. */
+long read_number(const char *path);
+/* Writes text to DIR/FILE. */
+int write_file(const char *dir, const char *file, const char *text);
+#define PARAMETERS "/sys/module/pmskb/parameters/"
+long module_references(void);
+/* This process and those that it starts, on one CPU; on any for -1. */
+void run_on(int cpu);
 
 /* ---- network ---- */
 

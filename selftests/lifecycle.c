@@ -26,24 +26,6 @@
 
 #define ERRNO(call) ((call) < 0 ? errno : 0)
 
-static long read_number(const char *path)
-{
-	FILE *f = fopen(path, "r");
-	long v = -1;
-
-	if (!f)
-		return -1;
-	if (fscanf(f, "%ld", &v) != 1)
-		v = -1;
-	fclose(f);
-	return v;
-}
-
-static long module_references(void)
-{
-	return read_number("/sys/module/pmskb/refcnt");
-}
-
 FIXTURE(life) {
 	struct store s;
 	long references;
@@ -397,76 +379,6 @@ TEST_F_TIMEOUT(life, a_running_tcpdump_changes_nothing_and_sees_everything, 120)
 
 /* ---- failing allocations ---- */
 
-/* The next nth-th allocation, or copy from or to user memory, of this thread fails. */
-static bool fail_nth(int fd, int nth)
-{
-	char number[16];
-	int len = snprintf(number, sizeof(number), "%d", nth), tries;
-
-	/* What is to fail may be the copy of this very number, when it is switched off. */
-	for (tries = 0; tries < 2; tries++)
-		if (write(fd, number, len) == len)
-			return true;
-	return false;
-}
-
-TEST_F_TIMEOUT(life, failed_allocations_leave_nothing_behind, 300)
-{
-	struct net net = { variant->family, variant->link };
-	struct sockaddr_storage addr;
-	char buf[64], number[16];
-	socklen_t len;
-	int fd, l, nth, failed = 0;
-
-	fd = open("/proc/self/fail-nth", O_RDWR);
-	if (fd < 0)
-		SKIP(return, "this kernel has no fault injection");
-	/* Those that may sleep, too; and without a backtrace of each in the kernel's log. */
-	sh("cd /sys/kernel/debug && echo N >failslab/ignore-gfp-wait && "
-	   "for f in failslab fail_page_alloc fail_usercopy; do [ ! -e $f ] || echo 0 >$f/verbose; done");
-	l = net_listen(&net, &addr, &len);
-	ASSERT_LE(0, l);
-	ASSERT_EQ(0, sock_attach_ioctl(l, self->s.fd));
-	for (nth = 1; nth <= 60; nth++) {
-		struct conn c = { -1, -1 };
-
-		/* Before: the way back from its network namespace must not fail. */
-		c.c = net_client(&net);
-		ASSERT_LE(0, c.c);
-		ASSERT_TRUE(fail_nth(fd, nth));
-		if (!connect(c.c, (const void *)&addr, len)) {
-			timeout_set(l, 2000);
-			c.s = accept(l, NULL, NULL);
-			if (c.s >= 0) {
-				timeout_set(c.s, 1000);
-				send(c.c, "data", 4, MSG_NOSIGNAL);
-				recv(c.s, buf, sizeof(buf), 0);
-			}
-		}
-		memset(number, 0, sizeof(number));
-		/* What is left of the count: 0, if it has failed something. */
-		if (pread(fd, number, sizeof(number) - 1, 0) > 0 && atoi(number) == 0)
-			failed++;
-		ASSERT_TRUE(fail_nth(fd, 0));
-		conn_close(&c);
-	}
-	for (nth = 1; nth <= 20; nth++) {
-		int s = net_client(&net), err;
-
-		ASSERT_TRUE(fail_nth(fd, nth));
-		err = sock_attach_ioctl(s, self->s.fd);
-		ASSERT_TRUE(fail_nth(fd, 0));
-		EXPECT_TRUE(err == 0 || err == -ENOMEM || err == -EFAULT) TH_LOG("%d", err);
-		close(s);
-	}
-	EXPECT_LT(10, failed) TH_LOG("nothing was made to fail");
-	close(l);
-	close(fd);
-	all_back(_metadata, &self->s, self->references);
-}
-
-#define PARAMETERS "/sys/module/pmskb/parameters/"
-
 static int inject(unsigned int nth)
 {
 	char number[16];
@@ -633,7 +545,7 @@ TEST_F_TIMEOUT(life, unbinding_the_driver_under_traffic_ends_in_errors_and_not_i
 	ASSERT_EQ(0, send_all(c[NR].c, "unread", 6));
 	usleep(300000);
 
-	ASSERT_EQ(0, driver_unbind(driver, name));
+	ASSERT_EQ(0, dev_unbind(driver, name));
 
 	/* Mappings are gone. */
 	signal(SIGBUS, on_fault);
@@ -679,7 +591,7 @@ TEST_F_TIMEOUT(life, unbinding_the_driver_under_traffic_ends_in_errors_and_not_i
 	self->s.dev = -1;
 
 	/* It comes back, and has what was acknowledged. */
-	ASSERT_EQ(0, driver_bind(variant->dev, driver, name)) TH_LOG("cannot bind %s to %s again", name, driver);
+	ASSERT_EQ(0, dev_bind(variant->dev, driver, name)) TH_LOG("cannot bind %s to %s again", name, driver);
 	err = store_open(&again, variant->dev);
 	ASSERT_EQ(0, err);
 	EXPECT_EQ(1, media_scan(again.map, again.map_len, NULL, NULL));
@@ -723,7 +635,7 @@ TEST_F_TIMEOUT(life, a_frame_that_tcp_has_mapped_holds_up_the_removal, 120)
 	if (!pid) {
 		/* The mapping is its parent's alone. */
 		munmap(map, MAP);
-		_exit(driver_unbind(driver, name) ? 1 : 0);
+		_exit(dev_unbind(driver, name) ? 1 : 0);
 	}
 	usleep(700000);
 	ASSERT_EQ(0, waitpid(pid, &st, WNOHANG)) TH_LOG("the device went from under a mapping");
@@ -743,20 +655,7 @@ TEST_F_TIMEOUT(life, a_frame_that_tcp_has_mapped_holds_up_the_removal, 120)
 	self->s.minor = ~0U;
 	close(self->s.dev);
 	self->s.dev = -1;
-	ASSERT_EQ(0, driver_bind(variant->dev, driver, name));
-}
-
-/* This process and those that it starts, on one CPU; on any for -1. */
-static void run_on(int cpu)
-{
-	cpu_set_t set;
-	int i;
-
-	CPU_ZERO(&set);
-	for (i = 0; i < CPU_SETSIZE; i++)
-		if (cpu < 0 || i == cpu)
-			CPU_SET(i, &set);
-	sched_setaffinity(0, sizeof(set), &set);
+	ASSERT_EQ(0, dev_bind(variant->dev, driver, name));
 }
 
 /* Receives until there is an error or an end, in a process of its own. */
@@ -820,7 +719,7 @@ TEST_F_TIMEOUT(life, unbinding_again_and_again_under_traffic_on_every_cpu, 1800)
 			}
 			EXPECT_LT(0, si.counters.placed) TH_LOG("round %lu: connection %d has no traffic", r, i);
 		}
-		ASSERT_EQ(0, driver_unbind(driver, name)) TH_LOG("round %lu", r);
+		ASSERT_EQ(0, dev_unbind(driver, name)) TH_LOG("round %lu", r);
 		for (i = 0; i < NR; i++) {
 			kill(snd[i].pid, SIGKILL);
 			waitpid(snd[i].pid, NULL, 0);
@@ -829,7 +728,7 @@ TEST_F_TIMEOUT(life, unbinding_again_and_again_under_traffic_on_every_cpu, 1800)
 			conn_close(&c[i]);
 		}
 		store_close(&self->s);
-		ASSERT_EQ(0, driver_bind(variant->dev, driver, name)) TH_LOG("round %lu", r);
+		ASSERT_EQ(0, dev_bind(variant->dev, driver, name)) TH_LOG("round %lu", r);
 		ASSERT_EQ(0, store_make(&self->s, variant->dev, 0, 0)) TH_LOG("round %lu", r);
 	}
 	for (i = 0; i < 500 && module_references() != self->references; i++)
@@ -925,8 +824,8 @@ TEST(frames_with_errors_known_at_attach_are_counted_and_never_used)
 	conn_close(&c);
 	EXPECT_EQ(0, store_close(&s));
 	/* The driver reads the device's own list again. */
-	ASSERT_EQ(0, driver_unbind(driver, name));
-	ASSERT_EQ(0, driver_bind(DEV_PMEM, driver, name));
+	ASSERT_EQ(0, dev_unbind(driver, name));
+	ASSERT_EQ(0, dev_bind(DEV_PMEM, driver, name));
 	ASSERT_EQ(0, store_open(&s, DEV_PMEM));
 	EXPECT_EQ(0, s.info.frames_bad);
 	EXPECT_EQ(0, store_close(&s));

@@ -116,20 +116,6 @@ FIXTURE_SETUP(media_error)
 	sigaction(SIGBUS, &sa, NULL);
 }
 
-static int write_file(const char *dir, const char *file, const char *text)
-{
-	char path[PATH_MAX];
-	int fd, err;
-
-	snprintf(path, sizeof(path), "%s/%s", dir, file);
-	fd = open(path, O_WRONLY | O_CLOEXEC);
-	if (fd < 0)
-		return -errno;
-	err = write(fd, text, strlen(text)) < 0 ? -errno : 0;
-	close(fd);
-	return err;
-}
-
 FIXTURE_TEARDOWN(media_error)
 {
 	int tries;

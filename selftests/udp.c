@@ -40,19 +40,6 @@
 #define SOL_UDP 17
 #endif
 
-static long module_references(void)
-{
-	FILE *f = fopen("/sys/module/pmskb/refcnt", "r");
-	long n = -1;
-
-	if (!f)
-		return -1;
-	if (fscanf(f, "%ld", &n) != 1)
-		n = -1;
-	fclose(f);
-	return n;
-}
-
 /* What one receive says. */
 struct got {
 	ssize_t len;			/* or -errno */
@@ -1517,7 +1504,7 @@ TEST_F_TIMEOUT(dgram, unbinding_the_driver_under_traffic_ends_in_eio, 120)
 		}
 		EXPECT_LT(20, info.counters.placed);
 	}
-	ASSERT_EQ(0, driver_unbind(driver, name));
+	ASSERT_EQ(0, dev_unbind(driver, name));
 	for (i = 0; i < 3; i++) {
 		kill(sender[i], SIGKILL);
 		waitpid(sender[i], NULL, 0);
@@ -1546,7 +1533,7 @@ TEST_F_TIMEOUT(dgram, unbinding_the_driver_under_traffic_ends_in_eio, 120)
 	EXPECT_EQ(-EIO, sock_attach_ioctl(k, self->s.fd));
 	close(k);
 	store_close(&self->s);
-	ASSERT_EQ(0, driver_bind(DEV_PMEM, driver, name));
+	ASSERT_EQ(0, dev_bind(DEV_PMEM, driver, name));
 	ASSERT_EQ(0, store_open(&self->s, DEV_PMEM));
 }
 
