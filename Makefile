@@ -55,7 +55,7 @@ torture:
 test:
 	@$(LAB) $@ $(if $(AGAIN),--again)
 
-test-debug lint fuzz:
+test-debug test-faults lint fuzz:
 	@$(LAB) $@
 
 crash:
@@ -79,6 +79,8 @@ help:
 	@echo '                   that passed before and for which nothing has changed since)'
 	@echo '  make test-debug  the self-tests on a kernel with KASAN, lockdep, kmemleak and failing'
 	@echo '                   allocations, which is built first (once)'
+	@echo '  make test-faults the self-tests while every 211th allocation of the module fails; with'
+	@echo '                   KERNEL=$(KERNEL)-debug on that kernel'
 	@echo '  make lint        rustfmt, clippy, checkpatch, shellcheck'
 	@echo '  make bench-core  what the core costs, beside LMDB and RocksDB (5 minutes; QUICK=1: 10 s)'
 	@echo '  make crash       every crash state of every short history of the store; an hour'
@@ -98,7 +100,7 @@ help:
 	@echo
 	@echo 'More: README.md, tools/lab/README.md'
 
-.PHONY: all root kernel module tools selftests docs rootfs vm demo bite torture test test-debug lint crash fuzz bench-core clean distclean help
+.PHONY: all root kernel module tools selftests docs rootfs vm demo bite torture test test-debug test-faults lint crash fuzz bench-core clean distclean help
 endif
 
 endif
