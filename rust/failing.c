@@ -70,10 +70,29 @@ bool pmskb_inject_fails(u32 kind)
 
 #define FAILS(kind) pmskb_inject_fails(PMSKB_INJECT_##kind)
 
-/* WRAP(kind, what it answers then, type, function, (parameters), (arguments)). */
-#define WRAP(kind, otherwise, type, function, parameters, arguments)	\
-	type __real_##function parameters;				\
-	type __wrap_##function parameters;				\
+/* The function itself, as the linker calls it, and what is called instead. */
+#define REAL(function) __typeof__(function) __real_##function, __wrap_##function
+
+REAL(napi_build_skb);
+REAL(slab_build_skb);
+REAL(alloc_netdev_dummy);
+REAL(anon_inode_create_getfile);
+REAL(bdev_file_open_by_dev);
+REAL(misc_register);
+REAL(nf_register_net_hooks);
+REAL(do_sock_setsockopt);
+REAL(copy_splice_read);
+REAL(vmf_insert_pfn);
+REAL(vmf_insert_pfn_prot);
+REAL(_copy_from_user);
+REAL(_copy_to_user);
+REAL(_copy_from_iter);
+REAL(_copy_mc_to_iter);
+REAL(put_cmsg);
+REAL(copy_mc_to_kernel);
+
+/* FAILING(kind, what it answers then, type, function, (parameters), (arguments)). */
+#define FAILING(kind, otherwise, type, function, parameters, arguments)	\
 	type __wrap_##function parameters				\
 	{								\
 		if (FAILS(kind))					\
@@ -81,57 +100,63 @@ bool pmskb_inject_fails(u32 kind)
 		return __real_##function arguments;			\
 	}
 
-/* A size of 0 frees. */
-#define WRAP_REALLOC(function)								\
-	void *__real_##function(const void *, size_t, unsigned long, gfp_t, int);	\
-	void *__wrap_##function(const void *, size_t, unsigned long, gfp_t, int);	\
-	void *__wrap_##function(const void *old, size_t size, unsigned long align,	\
-				gfp_t flags, int node)					\
-	{										\
-		if (size && FAILS(MEMORY))						\
-			return NULL;							\
-		return __real_##function(old, size, align, flags, node);		\
+/* What the kernel has for Rust, of which C knows nothing. A size of 0 frees. */
+#define FAILING_REALLOC(function)						\
+	void *__real_##function(const void *old, size_t size,			\
+				unsigned long align, gfp_t flags, int node);	\
+	void *__wrap_##function(const void *old, size_t size,			\
+				unsigned long align, gfp_t flags, int node);	\
+	void *__wrap_##function(const void *old, size_t size,			\
+				unsigned long align, gfp_t flags, int node)	\
+	{									\
+		if (size && FAILS(MEMORY))					\
+			return NULL;						\
+		return __real_##function(old, size, align, flags, node);	\
 	}
 
-WRAP_REALLOC(rust_helper_krealloc_node_align)
-WRAP_REALLOC(rust_helper_kvrealloc_node_align)
+FAILING_REALLOC(rust_helper_krealloc_node_align)
+FAILING_REALLOC(rust_helper_kvrealloc_node_align)
 
-WRAP(MEMORY, NULL, struct sk_buff *, napi_build_skb, (void *data, unsigned int size), (data, size))
-WRAP(MEMORY, NULL, struct sk_buff *, slab_build_skb, (void *data), (data))
-WRAP(MEMORY, NULL, struct net_device *, alloc_netdev_dummy, (int size), (size))
-WRAP(MEMORY, ERR_PTR(-ENOMEM), struct file *, anon_inode_create_getfile,
+FAILING(MEMORY, NULL, struct sk_buff *, napi_build_skb,
+	(void *data, unsigned int size), (data, size))
+FAILING(MEMORY, NULL, struct sk_buff *, slab_build_skb, (void *data), (data))
+FAILING(MEMORY, NULL, struct net_device *, alloc_netdev_dummy, (int size), (size))
+FAILING(MEMORY, ERR_PTR(-ENOMEM), struct file *, anon_inode_create_getfile,
 	(const char *name, const struct file_operations *fops, void *priv, int flags,
 	 const struct inode *inode),
 	(name, fops, priv, flags, inode))
-WRAP(MEMORY, ERR_PTR(-ENOMEM), struct file *, bdev_file_open_by_dev,
+FAILING(MEMORY, ERR_PTR(-ENOMEM), struct file *, bdev_file_open_by_dev,
 	(dev_t dev, blk_mode_t mode, void *holder, const struct blk_holder_ops *ops),
 	(dev, mode, holder, ops))
-WRAP(MEMORY, -ENOMEM, int, misc_register, (struct miscdevice *misc), (misc))
-WRAP(MEMORY, -ENOMEM, int, nf_register_net_hooks,
+FAILING(MEMORY, -ENOMEM, int, misc_register, (struct miscdevice *misc), (misc))
+FAILING(MEMORY, -ENOMEM, int, nf_register_net_hooks,
 	(struct net *net, const struct nf_hook_ops *ops, unsigned int nr), (net, ops, nr))
-WRAP(MEMORY, -ENOMEM, int, do_sock_setsockopt,
+FAILING(MEMORY, -ENOMEM, int, do_sock_setsockopt,
 	(struct socket *sock, bool compat, int level, int name, sockptr_t value, int len),
 	(sock, compat, level, name, value, len))
-WRAP(MEMORY, -ENOMEM, ssize_t, copy_splice_read,
-	(struct file *in, loff_t *pos, struct pipe_inode_info *pipe, size_t len, unsigned int flags),
+FAILING(MEMORY, -ENOMEM, ssize_t, copy_splice_read,
+	(struct file *in, loff_t *pos, struct pipe_inode_info *pipe, size_t len,
+	 unsigned int flags),
 	(in, pos, pipe, len, flags))
-WRAP(MEMORY, VM_FAULT_OOM, vm_fault_t, vmf_insert_pfn,
+FAILING(MEMORY, VM_FAULT_OOM, vm_fault_t, vmf_insert_pfn,
 	(struct vm_area_struct *vma, unsigned long addr, unsigned long pfn), (vma, addr, pfn))
-WRAP(MEMORY, VM_FAULT_OOM, vm_fault_t, vmf_insert_pfn_prot,
+FAILING(MEMORY, VM_FAULT_OOM, vm_fault_t, vmf_insert_pfn_prot,
 	(struct vm_area_struct *vma, unsigned long addr, unsigned long pfn, pgprot_t prot),
 	(vma, addr, pfn, prot))
 
-WRAP(COPIES, n, unsigned long, _copy_from_user,
+FAILING(COPIES, n, unsigned long, _copy_from_user,
 	(void *to, const void __user *from, unsigned long n),
 	(to, from, n))
-WRAP(COPIES, n, unsigned long, _copy_to_user, (void __user *to, const void *from, unsigned long n),
+FAILING(COPIES, n, unsigned long, _copy_to_user,
+	(void __user *to, const void *from, unsigned long n),
 	(to, from, n))
-WRAP(COPIES, 0, size_t, _copy_from_iter, (void *to, size_t len, struct iov_iter *i), (to, len, i))
-WRAP(COPIES, 0, size_t, _copy_mc_to_iter, (const void *from, size_t len, struct iov_iter *i),
+FAILING(COPIES, 0, size_t, _copy_from_iter,
+	(void *to, size_t len, struct iov_iter *i), (to, len, i))
+FAILING(COPIES, 0, size_t, _copy_mc_to_iter, (const void *from, size_t len, struct iov_iter *i),
 	(from, len, i))
-WRAP(COPIES, -EFAULT, int, put_cmsg,
+FAILING(COPIES, -EFAULT, int, put_cmsg,
 	(struct msghdr *msg, int level, int type, int len, void *data),
 	(msg, level, type, len, data))
 
-WRAP(MEDIA, len, unsigned long, copy_mc_to_kernel, (void *to, const void *from, unsigned int len),
-	(to, from, len))
+FAILING(MEDIA, len, unsigned long, copy_mc_to_kernel,
+	(void *to, const void *from, unsigned int len), (to, from, len))
