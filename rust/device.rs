@@ -9,6 +9,7 @@ use crate::{
     bindings as ext, buffer, object,
     read::{self, Part, Ranges},
     region::PAGE,
+    sock::errno,
     store::Store,
     uapi::Plain,
     vma::{self, Operations},
@@ -162,6 +163,7 @@ static FOPS: Operations<bindings::file_operations> = Operations(bindings::file_o
     release: Some(release),
     unlocked_ioctl: Some(ioctl),
     compat_ioctl: bindings::compat_ptr_ioctl,
+    uring_cmd: Some(uring_cmd),
     ..pin_init::zeroed()
 });
 
@@ -477,6 +479,45 @@ unsafe extern "C" fn ioctl(file: *mut bindings::file, cmd: c_uint, arg: c_ulong)
             }
             _ => Err(ENOTTY),
         }
+    })
+}
+
+/// `PMSKB_IOC_SUBMIT` as a command of io_uring, done when this returns.
+///
+/// It runs in the task that submits, under the mutex of its ring; or in one of io_uring's threads,
+/// a worker or the one that polls the ring. Those threads share memory and descriptors with the
+/// task that made them, so that pointers mean what they mean there, and `fd` of an operation is a
+/// descriptor of that task. With the ring's mutex held other locks are taken as `ioctl()` takes
+/// them, and nobody takes the ring's under one of ours.
+///
+/// `EAGAIN`, when the ring's task should not wait, makes io_uring call again from a worker: only
+/// before anything was done, and only if there is something to wait for.
+///
+/// # Safety
+///
+/// A command of an open file of ours, which is being issued.
+unsafe extern "C" fn uring_cmd(cmd: *mut bindings::io_uring_cmd, issue_flags: c_uint) -> c_int {
+    from_result(|| {
+        let mut facts = ext::pmskb_uring_facts::default();
+        // SAFETY: It is being issued, so its sqe is there to be read.
+        unsafe { ext::pmskb_uring_facts(cmd.cast(), issue_flags, &mut facts) };
+        if facts.op != ext::pmskb_cmd_PMSKB_CMD_SUBMIT {
+            return Err(errno(bindings::EOPNOTSUPP));
+        }
+        if facts.flags != 0 || facts.reserved != 0 {
+            return Err(EINVAL);
+        }
+        // SAFETY: The request has a reference to the file until it is done, wherever it runs.
+        if !unsafe { ext::pmskb_file_mode_has(facts.file, true) } {
+            return Err(EACCES);
+        }
+        // SAFETY: An open file of ours.
+        let store: Arc<Store> = unsafe { store(facts.file) }.into();
+        if !facts.may_wait && store.is_busy() {
+            return Err(EAGAIN);
+        }
+        crate::submit::ioctl(&store, UserPtr::from_addr(facts.arg as usize))?;
+        Ok(0)
     })
 }
 

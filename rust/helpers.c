@@ -2,6 +2,7 @@
 /* C that Rust cannot say: static inlines and macros of kernel headers. */
 #include <linux/badblocks.h>
 #include <linux/blkdev.h>
+#include <linux/io_uring/cmd.h>
 #include <linux/memremap.h>
 #include <linux/mm.h>
 #include <linux/module.h>
@@ -1335,4 +1336,21 @@ bool pmskb_udp_drop_queues(struct sock *sk)
 	spin_unlock(&sk->sk_receive_queue.lock);
 	spin_unlock_bh(&queue->lock);
 	return any;
+}
+
+/*
+ * When a command is first issued, its sqe is the one in the ring, which user space may be
+ * writing to; later, a copy. The other fields were copied when it was prepared.
+ */
+void pmskb_uring_facts(const struct io_uring_cmd *cmd, unsigned int issue_flags,
+		       struct pmskb_uring_facts *f)
+{
+	const struct pmskb_uring *u = io_uring_sqe_cmd(cmd->sqe, struct pmskb_uring);
+
+	f->file = cmd->file;
+	f->arg = READ_ONCE(u->arg);
+	f->reserved = READ_ONCE(u->reserved);
+	f->op = cmd->cmd_op;
+	f->flags = cmd->flags & IORING_URING_CMD_MASK;
+	f->may_wait = !(issue_flags & IO_URING_F_NONBLOCK);
 }

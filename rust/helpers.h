@@ -277,4 +277,18 @@ bool pmskb_udp_tell_mtu(struct sock *sk, struct msghdr *msg);
 void pmskb_udp_flow(const struct sk_buff *skb, struct pmskb_flow *flow);
 bool pmskb_udp_drop_queues(struct sock *sk);
 
+/* A command of io_uring. What may be memory that user space writes to is read once. */
+struct io_uring_cmd;
+struct pmskb_uring_facts {
+	struct file *file;	/* open until the command is done */
+	u64 arg;
+	u64 reserved;
+	u32 op;
+	u32 flags;
+	bool may_wait;
+};
+
+void pmskb_uring_facts(const struct io_uring_cmd *cmd, unsigned int issue_flags,
+		       struct pmskb_uring_facts *f);
+
 #endif

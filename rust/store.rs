@@ -323,6 +323,12 @@ impl Store {
         })
     }
 
+    /// Whether somebody has the core's store locked now, so that who wants it would wait: for a
+    /// commit of others, or a step of compaction. No promise for the moment after. Process context.
+    pub(crate) fn is_busy(&self) -> bool {
+        self.core.try_lock().is_none()
+    }
+
     /// A socket (or the child of one) is attached: the store cannot be detached until
     /// [`Self::socket_detached`]. Any context. `EIO` if the store is going or gone, `EROFS` if it
     /// may only be read; then nothing was counted.

@@ -48,12 +48,14 @@ const PUT_FLAGS: u32 = ext::PMSKB_OP_CREATE
     | ext::PMSKB_OP_IF_SEQ
     | ext::PMSKB_OP_CRC32C;
 const DELETE_FLAGS: u32 = ext::PMSKB_OP_IF_SEQ;
+/// Flags that an array may have.
+const SUBMIT_FLAGS: u32 = ext::PMSKB_SUBMIT_ATOMIC | ext::PMSKB_SUBMIT_FAIL;
 
 /// Whose tokens an array may name.
 enum Caller<'a, 'b> {
     /// Those of one socket, which is locked: `setsockopt(PMSKB_PERSIST)`.
     Socket(&'a mut Attached<'b>),
-    /// Those of the sockets that the operations name: `ioctl(PMSKB_IOC_SUBMIT)`.
+    /// Those of the sockets that the operations name: `PMSKB_IOC_SUBMIT`, by ioctl or io_uring.
     Store,
 }
 
@@ -102,7 +104,8 @@ pub(crate) fn persist(socket: &mut Attached<'_>, value: &OptVal) -> Result<c_int
     Ok(0)
 }
 
-/// `PMSKB_IOC_SUBMIT` on a store, with the header at `arg`. Errors as [`submit`].
+/// `PMSKB_IOC_SUBMIT` on a store, with the header at `arg`. Errors as [`submit`]; never `EAGAIN`,
+/// upon which io_uring would carry it out again.
 pub(crate) fn ioctl(store: &Arc<Store>, arg: UserPtr) -> Result {
     let size = size_of::<ext::pmskb_submit>();
     let header = UserSlice::new(arg, size).reader().read::<Plain<_>>()?.0;
@@ -110,13 +113,14 @@ pub(crate) fn ioctl(store: &Arc<Store>, arg: UserPtr) -> Result {
 }
 
 /// Carries out an array of operations. The errno is for the whole array, and then nothing was
-/// done, unless it is the copying out of results that failed (`EFAULT`).
+/// done, unless it is the copying out of results that failed (`EFAULT`), or that of an operation,
+/// which `PMSKB_SUBMIT_FAIL` asks for.
 ///
 /// `EINVAL` bad header, `E2BIG` too many operations, `EFAULT` bad array, `ENOMEM`, `EIO` store
 /// gone. Each operation's own errno is in its result.
 fn submit(store: &Arc<Store>, mut caller: Caller<'_, '_>, header: ext::pmskb_submit) -> Result {
     let atomic = header.flags & ext::PMSKB_SUBMIT_ATOMIC != 0;
-    if header.nr == 0 || header.flags & !ext::PMSKB_SUBMIT_ATOMIC != 0 || header.reserved != 0 {
+    if header.nr == 0 || header.flags & !SUBMIT_FLAGS != 0 || header.reserved != 0 {
         return Err(EINVAL);
     }
     if header.nr > ext::PMSKB_MAX_OPS {
@@ -149,7 +153,28 @@ fn submit(store: &Arc<Store>, mut caller: Caller<'_, '_>, header: ext::pmskb_sub
         let _ = store.drain(matches!(caller, Caller::Store));
     }
     store.upkeep();
-    write_results(header.results, &ops)
+    write_results(header.results, &ops)?;
+    if header.flags & ext::PMSKB_SUBMIT_FAIL != 0 {
+        return first_failure(&ops);
+    }
+    Ok(())
+}
+
+/// The error of the first operation that failed; of an array that is all or nothing, of the one
+/// that took the others with it. `EAGAIN` is `EBUSY`: to io_uring it would mean that nothing was
+/// done yet.
+fn first_failure(ops: &[Op]) -> Result {
+    let cancelled = errno(bindings::ECANCELED);
+    let failures = || {
+        let failed = ops.iter().filter(|op| op.failed());
+        failed.map(|op| Error::from_errno(op.result.0.res as c_int))
+    };
+    let first = failures().find(|error| *error != cancelled);
+    match first.or_else(|| failures().next()) {
+        None => Ok(()),
+        Some(error) if error == EAGAIN => Err(EBUSY),
+        Some(error) => Err(error),
+    }
 }
 
 /// A release of an array that is all or nothing must not be what fails after the rest was done.

@@ -50,6 +50,9 @@
 		FIELD(pmskb_submit, nr, 16, 4) \
 		FIELD(pmskb_submit, flags, 20, 4) \
 		FIELD(pmskb_submit, reserved, 24, 8) \
+	STRUCT(pmskb_uring, 16) \
+		FIELD(pmskb_uring, arg, 0, 8) \
+		FIELD(pmskb_uring, reserved, 8, 8) \
 	STRUCT(pmskb_counters, 128) \
 		FIELD(pmskb_counters, placed, 0, 8) \
 		FIELD(pmskb_counters, placed_bytes, 8, 8) \

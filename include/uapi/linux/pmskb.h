@@ -256,6 +256,12 @@ struct pmskb_result {
  * one fails, the others' result is ECANCELED. No PMSKB_OP_TRUNCATE (EINVAL).
  */
 #define PMSKB_SUBMIT_ATOMIC	(1U << 0)
+/**
+ * PMSKB_SUBMIT_FAIL - if operations fail, so does the call, with the errno of the
+ * first of them (not ECANCELED; EAGAIN as EBUSY). Results are written as without
+ * it, and what succeeded is done: what io_uring links to the call is cancelled.
+ */
+#define PMSKB_SUBMIT_FAIL	(1U << 1)
 
 /**
  * struct pmskb_submit - an array of operations
@@ -266,14 +272,28 @@ struct pmskb_result {
  * @reserved: 0
  *
  * The call fails as a whole only if the arrays themselves are unusable, and
- * then nothing was done; else it returns 0 and each operation's fate is in its
- * result. When it returns, all that succeeded is durable.
+ * then nothing was done (but see PMSKB_SUBMIT_FAIL); else it returns 0 and each
+ * operation's fate is in its result. When it returns, all that succeeded is
+ * durable.
  */
 struct pmskb_submit {
 	__aligned_u64 ops;
 	__aligned_u64 results;
 	__u32 nr;
 	__u32 flags;
+	__aligned_u64 reserved;
+};
+
+/**
+ * struct pmskb_uring - what an io_uring command has at its end (&io_uring_sqe.cmd)
+ * @arg: user pointer to &struct pmskb_submit
+ * @reserved: 0
+ *
+ * For IORING_OP_URING_CMD on /dev/pmskbN with PMSKB_IOC_SUBMIT as its cmd_op. The
+ * completion's res is what the ioctl would return.
+ */
+struct pmskb_uring {
+	__aligned_u64 arg;
 	__aligned_u64 reserved;
 };
 

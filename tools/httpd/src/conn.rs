@@ -160,6 +160,11 @@ impl Conn {
         }
     }
 
+    /// Bytes that were received and are of no use yet.
+    pub fn ahead(&self) -> usize {
+        self.view.len()
+    }
+
     /// Whether the queue got shorter since this was last asked: requests that
     /// waited for that can be looked at.
     pub fn take_progress(&mut self) -> bool {

@@ -9,7 +9,9 @@
 //! | `conn.rs` | a connection: from packets to operations and replies |
 //! | `reply.rs` | replies, and the queue that they wait in |
 //! | `store.rs` | what is needed of a store |
-//! | `server.rs` | sockets, epoll, time limits, one submission a turn |
+//! | `server.rs` | listeners, clients, time limits, a batch: whatever drives it |
+//! | `epoll.rs` | drives it by epoll: system calls for each client, one submission a turn |
+//! | `uring.rs` | drives it by io_uring: one system call a turn |
 
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
@@ -27,14 +29,17 @@ use clap::Parser;
 use pmskb_uapi::Store;
 
 mod conn;
+mod epoll;
 #[cfg(test)]
 mod fake;
 mod parse;
 mod reply;
 mod server;
-
 mod store;
+mod uring;
 mod view;
+
+use server::Server;
 
 /// Serves a pmskb store over HTTP/1.1.
 ///
@@ -50,6 +55,14 @@ struct Args {
     /// The store: pmskbN; by default the only one that is attached
     #[arg(long, value_name = "STORE")]
     store: Option<String>,
+    /// What drives the server
+    #[arg(long, value_enum, value_name = "ENGINE", default_value_t = EngineName::Epoll)]
+    engine: EngineName,
+    /// With io_uring: microseconds that a turn waits until a quarter of the clients have
+    /// something
+    #[arg(long, value_name = "MICROSECONDS", default_value_t = 0,
+          value_parser = clap::value_parser!(u64).range(0..=1_000_000))]
+    gather: u64,
     /// Largest body, bytes
     #[arg(long, value_name = "BYTES", default_value_t = 16 << 20,
           value_parser = clap::value_parser!(u64).range(0..=1 << 30))]
@@ -69,6 +82,12 @@ struct Args {
     /// An inherited descriptor to write a line to when listening
     #[arg(long, value_name = "FD")]
     ready_fd: Option<u32>,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum EngineName {
+    Epoll,
+    Uring,
 }
 
 fn main() -> anyhow::Result<()> {
@@ -95,7 +114,18 @@ fn main() -> anyhow::Result<()> {
         stall: Duration::from_secs(args.stall_timeout),
         idle: Duration::from_secs(args.idle_timeout),
     };
-    let mut server = server::Server::new(device, &args.listen, limits, args.max_connections, stop)?;
+    let max = args.max_connections;
+    let mut server: Box<dyn server::Engine> = match args.engine {
+        EngineName::Epoll => {
+            let server = Server::new(device, &args.listen, limits, max, stop)?;
+            Box::new(epoll::Epoll::new(server)?)
+        }
+        EngineName::Uring => {
+            let server = Server::new(device, &args.listen, limits, max, stop)?;
+            let gather = Duration::from_micros(args.gather);
+            Box::new(uring::Uring::new(server, gather)?)
+        }
+    };
     for address in server.addresses()? {
         tracing::info!("{path} is served on http://{address}/");
         println!("listening on {address}");

@@ -2,7 +2,7 @@
 
 //! Replies, and the queue that they wait in.
 
-use std::{collections::VecDeque, fmt::Write as _, fs::File, io};
+use std::{cell::RefCell, collections::VecDeque, fmt::Write as _, fs::File, io};
 
 use crate::store::Found;
 
@@ -277,7 +277,7 @@ impl<'a> Head<'a> {
     fn new(out: &'a mut Vec<u8>, status: u16, keep_alive: bool) -> Self {
         let mut head = Self(out);
         head.line(format_args!("HTTP/1.1 {status} {}", reason(status)));
-        head.field("Date", http_date(std::time::SystemTime::now()));
+        with_date(|date| head.field("Date", date));
         if !keep_alive {
             head.field("Connection", "close");
         }
@@ -422,6 +422,24 @@ pub fn encode_key(key: &[u8], out: &mut Vec<u8>) {
             ]),
         }
     }
+}
+
+/// Passes on the date of now. It is written once a second, and the clock is one that is read
+/// without a system call on any machine.
+fn with_date(then: impl FnOnce(&str)) {
+    use rustix::time::{clock_gettime, ClockId};
+    thread_local! {
+        static DATE: RefCell<(i64, String)> = const { RefCell::new((i64::MIN, String::new())) };
+    }
+    let now = clock_gettime(ClockId::RealtimeCoarse).tv_sec;
+    DATE.with_borrow_mut(|(second, date)| {
+        if *second != now {
+            let since = std::time::Duration::from_secs(now.try_into().unwrap_or(0));
+            *date = http_date(std::time::UNIX_EPOCH + since);
+            *second = now;
+        }
+        then(date);
+    });
 }
 
 /// `Sun, 06 Nov 1994 08:49:37 GMT`

@@ -2,7 +2,7 @@
 
 //! An array of operations, and what became of each.
 
-use std::{io, os::fd::RawFd};
+use std::{io, ops::Range, os::fd::RawFd};
 
 use crate::{error, sys, Error, Result, MAX_OPS};
 
@@ -61,6 +61,7 @@ pub struct Outcome {
 #[derive(Debug, Default)]
 pub struct Batch {
     atomic: bool,
+    fail: bool,
     ops: Vec<Op>,
     exts: Vec<sys::pmskb_ext>,
     keys: Vec<u8>,
@@ -117,9 +118,10 @@ impl Batch {
         self.ops.is_empty()
     }
 
-    /// Forgets operations and results, and that it was to be atomic.
+    /// Forgets operations and results, and that it was to be atomic, or to fail.
     pub fn clear(&mut self) {
         self.atomic = false;
+        self.fail = false;
         self.ops.clear();
         self.exts.clear();
         self.keys.clear();
@@ -131,6 +133,12 @@ impl Batch {
     /// than [`MAX_OPS`] operations: E2BIG, and nothing is done.
     pub fn set_atomic(&mut self) {
         self.atomic = true;
+    }
+
+    /// If an operation fails, the submission does, with the errno of the first (EBUSY instead
+    /// of EAGAIN). All are carried out, and have their outcomes, all the same.
+    pub fn set_fail(&mut self) {
+        self.fail = true;
     }
 
     /// Whether it is all or nothing.
@@ -354,13 +362,11 @@ impl Batch {
         fits.count().max(1)
     }
 
-    /// Passes the operations to `call`, as many at a time as the module takes. One that
-    /// is refused as a whole fails each of its operations; the first such error
-    /// is returned.
-    pub(crate) fn submit_with(
-        &mut self,
-        mut call: impl FnMut(&mut sys::pmskb_submit) -> io::Result<()>,
-    ) -> io::Result<()> {
+    /// Describes the operations for the kernel, as many at a time as it takes. The pointers are
+    /// good until the batch is changed or dropped; moving it does no harm.
+    ///
+    /// E2BIG, and that is every outcome, if it is to be atomic and too long for one call.
+    pub(crate) fn describe(&mut self) -> io::Result<Vec<Part>> {
         self.raw.clear();
         for op in &self.ops {
             // Pointers are taken now, when the arrays no longer move. The kernel
@@ -392,41 +398,74 @@ impl Batch {
         self.results.clear();
         self.results
             .resize(self.raw.len(), sys::pmskb_result::default());
-        let mut first_error = None;
-        let mut start = 0;
         if self.atomic && self.fitting(0) < self.raw.len() {
             // In parts it would not be atomic.
-            for r in &mut self.results {
-                r.res = -i64::from(libc::E2BIG);
-            }
-            return Err(io::Error::from_raw_os_error(libc::E2BIG));
+            let error = io::Error::from_raw_os_error(libc::E2BIG);
+            self.refuse(0..self.raw.len(), &error);
+            return Err(error);
         }
+        let mut flags = 0;
+        if self.atomic {
+            flags |= sys::PMSKB_SUBMIT_ATOMIC;
+        }
+        if self.fail {
+            flags |= sys::PMSKB_SUBMIT_FAIL;
+        }
+        let results = self.results.as_mut_ptr();
+        let mut parts = Vec::new();
+        let mut start = 0;
         while start < self.raw.len() {
             let end = start + self.fitting(start);
-            let ops = &self.raw[start..end];
-            let results = &mut self.results[start..end];
-            let mut arg = sys::pmskb_submit {
-                ops: ops.as_ptr() as u64,
-                results: results.as_mut_ptr() as u64,
-                nr: ops.len() as u32,
-                flags: if self.atomic {
-                    sys::PMSKB_SUBMIT_ATOMIC
-                } else {
-                    0
+            parts.push(Part {
+                ops: start..end,
+                arg: sys::pmskb_submit {
+                    ops: self.raw[start..end].as_ptr() as u64,
+                    results: results.wrapping_add(start) as u64,
+                    nr: (end - start) as u32,
+                    flags,
+                    reserved: 0,
                 },
-                reserved: 0,
-            };
-            if let Err(e) = call(&mut arg) {
-                let errno = e.raw_os_error().unwrap_or(libc::EIO);
-                for r in results {
-                    r.res = -i64::from(errno);
-                }
+            });
+            start = end;
+        }
+        Ok(parts)
+    }
+
+    /// The call for these operations failed, and nothing says what became of each: all have
+    /// failed with its errno.
+    pub(crate) fn refuse(&mut self, ops: Range<usize>, error: &io::Error) {
+        let errno = error.raw_os_error().unwrap_or(libc::EIO);
+        for r in &mut self.results[ops] {
+            // Those that were answered keep their answer: see `set_fail`.
+            if r.res == 0 {
+                r.res = -i64::from(errno);
+            }
+        }
+    }
+
+    /// Passes the operations to `call`, as many at a time as the module takes. One that
+    /// is refused as a whole fails each of its operations; the first such error
+    /// is returned.
+    pub(crate) fn submit_with(
+        &mut self,
+        mut call: impl FnMut(&mut sys::pmskb_submit) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let mut first_error = None;
+        for mut part in self.describe()? {
+            if let Err(e) = call(&mut part.arg) {
+                self.refuse(part.ops, &e);
                 first_error.get_or_insert(e);
             }
-            start = end;
         }
         first_error.map_or(Ok(()), Err)
     }
+}
+
+/// Operations of a [`Batch`] that one call takes.
+#[derive(Debug)]
+pub(crate) struct Part {
+    pub(crate) ops: Range<usize>,
+    pub(crate) arg: sys::pmskb_submit,
 }
 
 #[cfg(test)]
@@ -578,5 +617,27 @@ mod tests {
         }
         b.clear();
         assert!(!b.is_atomic());
+    }
+
+    #[test]
+    fn a_batch_that_is_to_fail_keeps_the_outcomes_of_its_operations() {
+        let mut b = Batch::new();
+        b.delete(b"a");
+        b.delete(b"b");
+        b.set_fail();
+        let e = b.submit_with(|s| {
+            assert_eq!(s.flags, 2);
+            let results = s.results as *mut sys::pmskb_result;
+            // SAFETY: submit_with describes its own arrays, of two.
+            unsafe {
+                (*results).res = 7;
+                (*results.add(1)).res = -i64::from(libc::ENOENT);
+            }
+            Err(io::Error::from_raw_os_error(libc::ENOENT))
+        });
+        assert_eq!(e.unwrap_err().raw_os_error(), Some(libc::ENOENT));
+        assert_eq!(b.outcome(0).unwrap().seq, 7);
+        let e = b.outcome(1).unwrap_err();
+        assert_eq!(e.raw_os_error(), Some(libc::ENOENT));
     }
 }

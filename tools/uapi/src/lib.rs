@@ -10,6 +10,7 @@
 //! | [`object`] | a record, open as a file |
 //! | [`socket`] | an attached socket: mode, packet descriptors, counters |
 //! | [`batch`] | an array of operations and their results |
+//! | [`ring`] | an io_uring for servers on a store |
 //! | [`map`] | the read-only mapping of a store |
 //! | [`media`] | a region's bytes, live or from an image, for the core to read |
 //! | [`direct`] | the same by read and write calls, to be checked and mended |
@@ -32,6 +33,7 @@ pub mod error;
 pub mod map;
 pub mod media;
 pub mod object;
+pub mod ring;
 pub mod socket;
 pub mod store;
 pub mod sys;
@@ -46,6 +48,7 @@ pub use map::{explain_bus_errors, Mapping};
 pub use media::Media;
 pub use object::Object;
 pub use pmskb_core as core;
+pub use ring::{Done, Ring};
 pub use socket::{Desc, RecvBuffer, RxMode};
 pub use store::{Compacted, Counters, Scrubbed, Store, StoreInfo};
 

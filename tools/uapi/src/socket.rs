@@ -98,10 +98,8 @@ impl Drop for Reserve {
 impl RecvBuffer {
     /// Room for `descs` packet descriptors.
     pub fn new(descs: usize) -> io::Result<Self> {
-        // SAFETY: computes a number.
-        let one = unsafe { libc::CMSG_SPACE(size_of::<sys::pmskb_desc>() as u32) } as usize;
         Ok(Self {
-            control: vec![0; (one * descs.max(1)).div_ceil(size_of::<u64>())],
+            control: vec![0; control_len(descs).div_ceil(size_of::<u64>())],
             descs: Vec::with_capacity(descs),
             reserve: Reserve::new()?,
         })
@@ -136,7 +134,7 @@ impl RecvBuffer {
         }
         // SAFETY: the kernel has filled the buffer that `msg` describes, and
         // set msg_controllen to how far; it is suitably aligned.
-        unsafe { self.parse(&msg) };
+        unsafe { parse(&msg, &mut self.descs) };
         if msg.msg_flags & libc::MSG_CTRUNC != 0 {
             return Err(io::Error::other("control messages were cut off"));
         }
@@ -145,32 +143,41 @@ impl RecvBuffer {
         }
         Ok(&self.descs)
     }
+}
 
-    /// # Safety
-    ///
-    /// `msg` must describe a valid, aligned and filled control buffer.
-    unsafe fn parse(&mut self, msg: &libc::msghdr) {
-        // SAFETY: as promised by the caller.
-        let mut cmsg = unsafe { libc::CMSG_FIRSTHDR(msg) };
-        while !cmsg.is_null() {
-            // SAFETY: CMSG_FIRSTHDR and CMSG_NXTHDR return headers that lie
-            // within the buffer.
-            let header = unsafe { &*cmsg };
-            // SAFETY: computes a number.
-            let wanted = unsafe { libc::CMSG_LEN(size_of::<sys::pmskb_desc>() as u32) } as usize;
-            if header.cmsg_level == sys::SOL_PMSKB as i32
-                && header.cmsg_type == sys::PMSKB_CMSG_DESC as i32
-                && header.cmsg_len as usize >= wanted
-            {
-                // SAFETY: the message is long enough for one, which may be
-                // unaligned.
-                let desc = unsafe { ptr::read_unaligned(libc::CMSG_DATA(cmsg).cast()) };
-                self.descs.push(Desc(desc));
-            }
-            // SAFETY: as for the first.
-            cmsg = unsafe { libc::CMSG_NXTHDR(msg, cmsg) };
+/// Adds the packet descriptors of a receive to `descs`.
+///
+/// # Safety
+///
+/// `msg` must describe a valid, aligned and filled control buffer.
+pub(crate) unsafe fn parse(msg: &libc::msghdr, descs: &mut Vec<Desc>) {
+    // SAFETY: as promised by the caller.
+    let mut cmsg = unsafe { libc::CMSG_FIRSTHDR(msg) };
+    while !cmsg.is_null() {
+        // SAFETY: CMSG_FIRSTHDR and CMSG_NXTHDR return headers that lie
+        // within the buffer.
+        let header = unsafe { &*cmsg };
+        // SAFETY: computes a number.
+        let wanted = unsafe { libc::CMSG_LEN(size_of::<sys::pmskb_desc>() as u32) } as usize;
+        if header.cmsg_level == sys::SOL_PMSKB as i32
+            && header.cmsg_type == sys::PMSKB_CMSG_DESC as i32
+            && header.cmsg_len as usize >= wanted
+        {
+            // SAFETY: the message is long enough for one, which may be
+            // unaligned.
+            let desc = unsafe { ptr::read_unaligned(libc::CMSG_DATA(cmsg).cast()) };
+            descs.push(Desc(desc));
         }
+        // SAFETY: as for the first.
+        cmsg = unsafe { libc::CMSG_NXTHDR(msg, cmsg) };
     }
+}
+
+/// Bytes of a control buffer with room for so many packet descriptors.
+pub(crate) fn control_len(descs: usize) -> usize {
+    // SAFETY: computes a number.
+    let one = unsafe { libc::CMSG_SPACE(size_of::<sys::pmskb_desc>() as u32) } as usize;
+    one * descs.max(1)
 }
 
 /// Attaches by the pair of socket options, instead of [`Store::attach_socket`].
@@ -365,7 +372,7 @@ mod tests {
                 cmsg = base.cast::<u8>().add(used).cast();
             }
             msg.msg_controllen = used as _;
-            buffer.parse(&msg);
+            parse(&msg, &mut buffer.descs);
         }
         let tokens: Vec<u32> = buffer.descs.iter().map(Desc::token).collect();
         assert_eq!(tokens, [5, 7]);
