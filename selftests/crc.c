@@ -31,16 +31,18 @@ FIXTURE_VARIANT(crc) {
 FIXTURE_VARIANT_ADD(crc, persist_pmem) { DEV_PMEM, HOW_ACCEPTED_OPT, false };
 FIXTURE_VARIANT_ADD(crc, submit_dax) { DEV_DAX, HOW_LISTENER_IOCTL, true };
 
-static int connect_to(struct __test_metadata *_metadata, FIXTURE_DATA(crc) *self,
-		      const FIXTURE_VARIANT(crc) *variant)
+static void connect_to(struct __test_metadata *_metadata, struct store *s, struct conn *c, enum how how)
 {
 	struct net net = { AF_INET, LINK_LO };
 
-	ASSERT_EQ(0, conn_make(&self->c, &net, self->s.fd, variant->how));
-	ASSERT_EQ(0, sock_mode(self->c.s, PMSKB_RX_DESC));
-	self->way = (struct way) { self->s.fd, self->c.s, variant->ioctl };
-	return 0;
+	ASSERT_EQ(0, conn_make(c, &net, s->fd, how));
+	ASSERT_EQ(0, sock_mode(c->s, PMSKB_RX_DESC));
 }
+
+#define CONNECT() do { \
+	connect_to(_metadata, &self->s, &self->c, variant->how); \
+	self->way = (struct way) { self->s.fd, self->c.s, variant->ioctl }; \
+} while (0)
 
 FIXTURE_SETUP(crc)
 {
@@ -49,7 +51,7 @@ FIXTURE_SETUP(crc)
 	if (!dev_path(variant->dev, &why))
 		SKIP(return, "%s", why);
 	ASSERT_EQ(0, store_make(&self->s, variant->dev, 0, 0));
-	connect_to(_metadata, self, variant);
+	CONNECT();
 }
 
 FIXTURE_TEARDOWN(crc)
@@ -160,7 +162,7 @@ TEST_F(crc, a_put_that_asks_for_one_has_it)
 	ASSERT_EQ(0, store_close(&self->s));
 	ASSERT_EQ(0, store_open(&self->s, variant->dev));
 	has(_metadata, &self->s, a, b);
-	connect_to(_metadata, self, variant);
+	CONNECT();
 }
 
 TEST_F(crc, with_the_option_packets_have_one_from_where_they_are_placed)
@@ -215,7 +217,7 @@ TEST_F(crc, in_a_store_attached_for_it_all_have_one)
 	ASSERT_EQ(0, store_close(&self->s));
 	ASSERT_EQ(0, store_open_as(&self->s, variant->dev, PMSKB_ATTACH_CRC32C));
 	EXPECT_EQ(PMSKB_STORE_CRC32C, self->s.info.flags);
-	connect_to(_metadata, self, variant);
+	CONNECT();
 	n = receive(_metadata, &self->c, buf, LEN, 4);
 	a = put_many(_metadata, &self->way, n, 0, 'c', true);
 	/* The application's own data, too. */
@@ -282,7 +284,7 @@ TEST_F(crc, it_sees_what_the_internet_checksum_does_not)
 			EXPECT_EQ(r.seq, bad.seq);
 			EXPECT_EQ(EBADMSG, bad.error < 0 ? -bad.error : bad.error);
 		}
-		connect_to(_metadata, self, variant);
+		CONNECT();
 	}
 }
 

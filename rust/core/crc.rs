@@ -42,7 +42,7 @@ const POWERS: [u32; 64] = {
 pub fn combine(first: u32, last: u32, len: u64) -> u32 {
     let mut shifted = first;
     for (n, power) in POWERS.iter().enumerate() {
-        if len >> n & 1 != 0 {
+        if (len >> n) & 1 != 0 {
             shifted = product(shifted, *power);
         }
     }

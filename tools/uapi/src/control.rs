@@ -79,12 +79,7 @@ impl Control {
     /// Attaches `device`'s store, so that it can only be read if `read_only`; with `crc32c`
     /// all its new records have a CRC32C. Returns
     /// N of `/dev/pmskbN`, and the uuid.
-    pub fn attach(
-        &self,
-        device: &Path,
-        read_only: bool,
-        crc32c: bool,
-    ) -> Result<(u32, [u8; 16])> {
+    pub fn attach(&self, device: &Path, read_only: bool, crc32c: bool) -> Result<(u32, [u8; 16])> {
         let region = open_region(device)?;
         let mut flags = 0;
         if read_only {
