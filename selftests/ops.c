@@ -466,7 +466,9 @@ TEST_F(ops, unknown_flags_of_a_submit_are_einval)
 	struct pmskb_result r;
 	int bit;
 
-	for (bit = 1; bit < 32; bit++) {
+	for (bit = 0; bit < 32; bit++) {
+		if (1U << bit & (PMSKB_SUBMIT_ATOMIC | PMSKB_SUBMIT_FAIL))
+			continue;
 		EXPECT_EQ(-EINVAL, way_submit(&self->way, &op, &r, 1, 1U << bit));
 		EXPECT_EQ(-EINVAL, way_submit(&self->way, &op, &r, 1, 1U << bit | PMSKB_SUBMIT_ATOMIC));
 	}

@@ -907,7 +907,7 @@ TEST_F(persist, reserved_fields_and_flags_of_a_submit_are_einval)
 	struct pmskb_result r;
 	struct pmskb_submit s = { .ops = PTR(&op), .results = PTR(&r), .nr = 1 };
 
-	s.flags = 2;
+	s.flags = PMSKB_SUBMIT_FAIL << 1;
 	EXPECT_EQ(EINVAL, ERRNO(setsockopt(self->c.s, SOL_PMSKB, PMSKB_PERSIST, &s, sizeof(s))));
 	EXPECT_EQ(EINVAL, ERRNO(ioctl(self->s.fd, PMSKB_IOC_SUBMIT, &s)));
 	s.flags = 0;
