@@ -187,7 +187,7 @@ static void traffic_start(struct __test_metadata *_metadata, struct traffic *t, 
 	run_on(-1);
 }
 
-/* Until each has put something more. */
+/* Until each has put something more. TCP waits twice as long after each time that a link was down. */
 static void traffic_flows(struct __test_metadata *_metadata, const char *when)
 {
 	uint64_t before[NR];
@@ -196,7 +196,7 @@ static void traffic_flows(struct __test_metadata *_metadata, const char *when)
 	for (id = 0; id < NR; id++)
 		before[id] = shared->acked[id];
 	for (id = 0; id < NR; id++) {
-		for (k = 0; k < 2000 * slowness() && shared->acked[id] == before[id]; k++)
+		for (k = 0; k < 12000 * slowness() && shared->acked[id] == before[id]; k++)
 			usleep(5000);
 		ASSERT_LT(before[id], shared->acked[id]) TH_LOG("%s: connection %d has no traffic %s", when, id,
 								shared->wrong[id]);
