@@ -319,8 +319,10 @@ impl Ring {
             return Some(match entry.user_data() >> 60 {
                 ACCEPT => Done::Accepted {
                     name,
-                    // SAFETY: the kernel has just made this descriptor, for this request.
-                    socket: result.map(|n| unsafe { OwnedFd::from_raw_fd(n as i32) }),
+                    socket: result.map(|n| {
+                        // SAFETY: the kernel has just made this descriptor, for this request.
+                        unsafe { OwnedFd::from_raw_fd(n as i32) }
+                    }),
                     more,
                 },
                 RECEIVE => {
@@ -423,7 +425,7 @@ fn fd(of: BorrowedFd<'_>) -> types::Fd {
 
 fn tag(kind: u64, name: u64) -> u64 {
     debug_assert!(name < MAX_NAME);
-    kind << 60 | name
+    (kind << 60) | name
 }
 
 /// Rooms that the kernel puts what it received into, in memory of their own: first the ring
