@@ -1137,7 +1137,7 @@ TEST_F(dgram, attaching_once_and_options)
 
 TEST_F(dgram, what_belongs_to_something_else_is_ebusy_and_the_other_way_round)
 {
-	int fd, encap = UDP_ENCAP_ESPINUDP, none = 0, key = 0, map, array;
+	int fd, encap = UDP_ENCAP_L2TPINUDP, none = 0, key = 0, map, array;
 	union bpf_attr sockmap = { .map_type = BPF_MAP_TYPE_SOCKMAP, .key_size = 4, .value_size = 4,
 				   .max_entries = 1 };
 	union bpf_attr reuse = { .map_type = BPF_MAP_TYPE_REUSEPORT_SOCKARRAY, .key_size = 4, .value_size = 8,
