@@ -32,8 +32,11 @@ def info(path):
     """What the guest says next: its current answer may be from before."""
     seen, changes, until = None, 0, time.monotonic() + LIMIT
     while changes < 3:
-        now = os.stat(path)
-        now = (now.st_ino, now.st_mtime_ns)
+        try:
+            now = os.stat(path)
+            now = (now.st_ino, now.st_mtime_ns)
+        except FileNotFoundError:
+            now = seen  # it has not said anything yet
         if now != seen:
             seen, changes = now, changes + 1
         if time.monotonic() > until:
