@@ -258,6 +258,8 @@ TEST_F(sockets, io_uring_sends_without_a_copy_and_receives)
 		.fd = self->c.s,
 		.addr = PTR(out),
 		.len = sizeof(out),
+		/* All of it, though it may be more than the send buffer has room for. */
+		.msg_flags = MSG_WAITALL,
 	};
 	struct io_uring_cqe cqe;
 	struct ring r;

@@ -137,6 +137,16 @@ impl Anatomy {
             .all(|pair| pair[0].0 < pair[1].0 && pair[0].1 <= pair[1].0)
     }
 
+    /// Whether no two frames that look like record frames have one base. Where two do, recovery
+    /// may give one of them back, and then there is one only.
+    pub fn bases_differ(&self, mem: &Scratch) -> bool {
+        let mut bases = BTreeSet::new();
+        (self.geo.data_off..self.geo.data_end())
+            .step_by(FRAME_SIZE as usize)
+            .filter(|frame| u32_at(mem, frame + 4).to_le_bytes() == *b"PKrf")
+            .all(|frame| bases.insert(u64_at(mem, frame + 16)))
+    }
+
     fn edit(
         &self,
         mem: &Scratch,
