@@ -747,7 +747,7 @@ TEST_F(sock, close_lets_go_of_the_store_while_tcp_lingers)
 	c.s = -1;
 	usleep(50000);
 	store_let_go(&self->s);
-	ASSERT_EQ(0, dev_detach(self->s.ctl, self->s.minor, 5000)) TH_LOG("an orphaned socket holds the store");
+	ASSERT_EQ(0, dev_detach(self->s.ctl, self->s.minor, 5000 * slowness())) TH_LOG("an orphaned socket holds the store");
 	self->s.minor = ~0U;
 	/* And what arrives for the orphan from now on harms nobody. */
 	send(c.c, buf, 1000, MSG_NOSIGNAL);
@@ -769,7 +769,7 @@ TEST_F(sock, a_time_wait_socket_does_not_hold_the_store)
 	c.c = -1;
 	usleep(20000);
 	store_let_go(&self->s);
-	ASSERT_EQ(0, dev_detach(self->s.ctl, self->s.minor, 2000));
+	ASSERT_EQ(0, dev_detach(self->s.ctl, self->s.minor, 2000 * slowness()));
 	self->s.minor = ~0U;
 }
 

@@ -966,7 +966,7 @@ TEST_F_TIMEOUT(buffer, a_device_that_goes_takes_buffers_and_open_records_with_it
 	munmap(m, 4 * FRAME);
 	close(fd);
 	close(o.fd);
-	EXPECT_EQ(0, dev_detach(self->s.ctl, self->s.minor, 5000));
+	EXPECT_EQ(0, dev_detach(self->s.ctl, self->s.minor, 5000 * slowness()));
 	self->s.minor = ~0U;
 	close(self->s.ctl);
 	self->s.ctl = -1;

@@ -203,7 +203,7 @@ int store_close(struct store *s)
 
 	store_let_go(s);
 	if (s->minor != ~0U)
-		err = dev_detach(s->ctl, s->minor, 4000);
+		err = dev_detach(s->ctl, s->minor, 4000 * slowness());
 	s->minor = ~0U;
 	if (s->dev >= 0)
 		close(s->dev);
