@@ -239,7 +239,7 @@ fn a_connection_is_put_together_again() {
         log(store, 5, 3, b"TTP/1.1\r\n");
         // Some of it, and all of it, is there already.
         log(store, 5, 8, b".1\r\nHost");
-        log(store, 5, 14, b"ost");
+        log(store, 5, 13, b"ost");
         // A gap; and the same port again.
         log(store, 7, 100, b"first");
         log(store, 7, 106, b"second");
