@@ -15,13 +15,14 @@
 //! # Lock order
 //!
 //! 1. the hooks' list (`place.rs`), before the socket's lock
-//! 2. the socket's lock
-//! 3. `SOCKETS`, the list of attached sockets
-//! 4. `Ctx::rx`, which softirqs take
-//! 5. the locks of frames and heads
+//! 2. `Ctx::turn`, of those who read from a socket with auto-persist
+//! 3. the socket's lock
+//! 4. `SOCKETS`, the list of attached sockets
+//! 5. `Ctx::rx`, which softirqs take
+//! 6. the locks of frames and heads
 
 use crate::{
-    bindings as ext,
+    auto, bindings as ext,
     cell::Static,
     lock::{self, SpinLockBh},
     place::{self, Cursor, HookUse},
@@ -39,11 +40,12 @@ use core::{
 use kernel::{
     bindings, c_str,
     ffi::c_int,
+    new_mutex,
     prelude::*,
     static_lock_class,
     sync::{
         atomic::{Atomic, Relaxed},
-        rcu, Arc,
+        rcu, Arc, Mutex,
     },
     transmute::{AsBytes, FromBytes},
     uaccess::{UserPtr, UserSlice},
@@ -63,6 +65,8 @@ pub(crate) struct Own {
     pub(crate) cursor: Cursor,
     /// Datagrams copied so far.
     pub(crate) copied: u32,
+    /// With auto-persist: the sequence number up to which there are records, if there are any.
+    pub(crate) logged: Option<u32>,
 }
 
 impl Own {
@@ -73,6 +77,7 @@ impl Own {
             tokens: Tokens::new(),
             cursor: Cursor::new(),
             copied: 0,
+            logged: None,
         }
     }
 }
@@ -98,11 +103,18 @@ pub(crate) struct Ctx {
     /// First, for `kvfree_call_rcu()`.
     rcu: bindings::callback_head,
     link: UnsafeCell<bindings::list_head>,
+    /// In the list of those that have received something that may have no record yet.
+    waiting: UnsafeCell<bindings::list_head>,
     sk: NonNull<ext::sock>,
     transport: Transport,
     #[pin]
     pub(crate) rx: SpinLockBh<Rx>,
     own: UnsafeCell<Own>,
+    /// Who reads, with auto-persist.
+    #[pin]
+    pub(crate) turn: Mutex<()>,
+    /// `PMSKB_AUTO_PERSIST`.
+    auto: Atomic<u32>,
     mode: Atomic<u32>,
     /// `PMSKB_CRC32C`.
     crc32c: Atomic<u32>,
@@ -113,11 +125,12 @@ pub(crate) struct Ctx {
 
 impl Ctx {
     /// The context of a full socket that is one of ours. For as long as RCU or the socket's lock
-    /// is held.
+    /// is held, or its file is open.
     ///
     /// # Safety
     ///
-    /// `sk` is a full socket, and stays for `'a`; so does either RCU or the socket's lock.
+    /// `sk` is a full socket, and stays for `'a`; so does RCU, or the socket's lock, or (of TCP) the
+    /// socket's file.
     pub(crate) unsafe fn of<'a>(sk: *mut ext::sock) -> Option<&'a Ctx> {
         // SAFETY: As the caller says. Both answer with null or a context, which is freed under RCU,
         // after the socket was closed.
@@ -145,10 +158,13 @@ impl Ctx {
             pin_init!(Ctx {
                 rcu: bindings::callback_head::default(),
                 link: UnsafeCell::new(bindings::list_head::default()),
+                waiting: UnsafeCell::new(bindings::list_head::default()),
                 sk,
                 transport,
                 rx <- lock::new(rx, c_str!("pmskb_rx"), static_lock_class!()),
                 own: UnsafeCell::new(own),
+                turn <- new_mutex!((), "pmskb_turn"),
+                auto: Atomic::new(0),
                 mode: Atomic::new(ext::pmskb_rx_mode_PMSKB_RX_BYTES),
                 crc32c: Atomic::new(0),
                 tokens: Atomic::new(0),
@@ -190,6 +206,7 @@ impl Ctx {
         let ctx = unsafe { &*raw };
         ctx.mode.store(self.mode(), Relaxed);
         ctx.crc32c.store(self.crc32c.load(Relaxed), Relaxed);
+        ctx.auto.store(self.auto.load(Relaxed), Relaxed);
         if let (Some(store), Some(hooks)) = (store, hooks) {
             // SAFETY: As above.
             let own = unsafe { &mut *ctx.own.get() };
@@ -237,6 +254,12 @@ impl Ctx {
     /// `PMSKB_RX_DESC` or `PMSKB_RX_BYTES`. Any context.
     fn mode(&self) -> u32 {
         self.mode.load(Relaxed)
+    }
+
+    /// Whether what is received has a record before anybody gets it. Any context.
+    #[inline]
+    pub(crate) fn auto(&self) -> bool {
+        self.auto.load(Relaxed) != 0
     }
 
     /// Whether packets get a CRC32C, and puts of them. Any context.
@@ -331,15 +354,21 @@ impl Ctx {
     }
 }
 
-/// The list of attached sockets, for the removal of a store.
+/// The list of attached sockets, for the removal of a store; and of some of them that have received
+/// what auto-persist may have to make records of.
 struct Sockets {
     lock: Static<bindings::spinlock_t>,
     head: Static<bindings::list_head>,
+    waiting: Static<bindings::list_head>,
+    /// How many of those.
+    nr_waiting: Atomic<u32>,
 }
 
 static SOCKETS: Sockets = Sockets {
     lock: Static::new(),
     head: Static::new(),
+    waiting: Static::new(),
+    nr_waiting: Atomic::new(0),
 };
 
 impl Sockets {
@@ -348,59 +377,87 @@ impl Sockets {
         // SAFETY: Called before anything else.
         unsafe {
             ext::pmskb_spin_lock_init(self.lock.get());
-            let head = self.head.get();
-            *head = bindings::list_head {
-                next: head,
-                prev: head,
-            };
+            for head in [self.head.get(), self.waiting.get()] {
+                *head = bindings::list_head {
+                    next: head,
+                    prev: head,
+                };
+            }
         }
     }
 
-    fn locked<R>(&self, f: impl FnOnce(*mut bindings::list_head) -> R) -> R {
+    fn locked<R>(&self, f: impl FnOnce() -> R) -> R {
         // SAFETY: Initialised; released below.
         unsafe { ext::pmskb_spin_lock_bh(self.lock.get()) };
-        let result = f(self.head.get());
+        let result = f();
         // SAFETY: Taken above.
         unsafe { ext::pmskb_spin_unlock_bh(self.lock.get()) };
         result
     }
 
     fn add(&self, ctx: &Ctx) {
-        self.locked(|head| {
-            let link = ctx.link.get();
-            // SAFETY: The list's lock is held; `link` is on no list.
-            unsafe {
-                let last = (*head).prev;
-                (*link).next = head;
-                (*link).prev = last;
-                (*last).next = link;
-                (*head).prev = link;
-            }
-        });
+        // SAFETY: The list's lock is held; `link` is on no list.
+        self.locked(|| unsafe { Self::append(self.head.get(), ctx.link.get()) });
     }
 
     fn remove(&self, ctx: &Ctx) {
-        self.locked(|_| Self::unlink(ctx.link.get()));
+        // SAFETY: The list's lock is held.
+        self.locked(|| unsafe { self.take_off(ctx) });
     }
 
-    /// Under the lock; nothing happens if it is on no list.
-    fn unlink(link: *mut bindings::list_head) {
-        // SAFETY: The list's lock is held; `link` is on the list or null.
+    /// # Safety
+    ///
+    /// The list's lock is held; `link` is on no list.
+    unsafe fn append(head: *mut bindings::list_head, link: *mut bindings::list_head) {
+        // SAFETY: As the caller says.
+        unsafe {
+            let last = (*head).prev;
+            (*link).next = head;
+            (*link).prev = last;
+            (*last).next = link;
+            (*head).prev = link;
+        }
+    }
+
+    /// Whether it was on a list.
+    ///
+    /// # Safety
+    ///
+    /// The list's lock is held; the link is on the list, or null.
+    unsafe fn unlink(link: *mut bindings::list_head) -> bool {
+        // SAFETY: As the caller says.
         unsafe {
             let (next, prev) = ((*link).next, (*link).prev);
             if next.is_null() {
-                return;
+                return false;
             }
             (*prev).next = next;
             (*next).prev = prev;
             (*link).next = ptr::null_mut();
             (*link).prev = ptr::null_mut();
         }
+        true
     }
 
-    /// Takes a socket of a store off the list, with a reference.
+    /// Off both lists.
+    ///
+    /// # Safety
+    ///
+    /// The list's lock is held; `ctx` stays meanwhile.
+    unsafe fn take_off(&self, ctx: *const Ctx) {
+        // SAFETY: As the caller says.
+        unsafe {
+            Self::unlink((*ctx).link.get());
+            if Self::unlink((*ctx).waiting.get()) {
+                self.nr_waiting.fetch_sub(1, Relaxed);
+            }
+        }
+    }
+
+    /// Takes a socket of a store off the lists, with a reference.
     fn pop(&self, minor: u32) -> Option<(NonNull<ext::sock>, Transport)> {
-        self.locked(|head| {
+        let head = self.head.get();
+        self.locked(|| {
             // SAFETY: The list's lock is held. What is on the list is a context's link, and a
             // context on the list is not freed, nor its socket.
             unsafe {
@@ -411,7 +468,7 @@ impl Sockets {
                         .byte_sub(core::mem::offset_of!(Ctx, link))
                         .cast::<Ctx>();
                     if (*ctx).minor.load(Relaxed) == minor {
-                        Self::unlink(link);
+                        self.take_off(ctx);
                         let (sk, transport) = ((*ctx).sk, (*ctx).transport);
                         // One that is being destroyed lets go by itself.
                         if ext::pmskb_sock_tryget(sk.as_ptr()) {
@@ -424,6 +481,51 @@ impl Sockets {
             None
         })
     }
+}
+
+/// Remembers that a socket has received something; whether it was not known, and is attached. Any
+/// context but hard interrupts.
+pub(crate) fn wait(ctx: &Ctx) -> bool {
+    SOCKETS.locked(|| {
+        // SAFETY: The list's lock is held. What is on the first list is taken off both before it
+        // is freed.
+        unsafe {
+            if (*ctx.link.get()).next.is_null() || !(*ctx.waiting.get()).next.is_null() {
+                return false;
+            }
+            Sockets::append(SOCKETS.waiting.get(), ctx.waiting.get());
+        }
+        SOCKETS.nr_waiting.add(1, Relaxed);
+        true
+    })
+}
+
+/// How many sockets [`wait`].
+pub(crate) fn waiting() -> u32 {
+    SOCKETS.nr_waiting.load(Relaxed)
+}
+
+/// Takes the first of those that [`wait`] off that list, with a reference; none is left: `None`.
+pub(crate) fn next_waiting() -> Option<NonNull<ext::sock>> {
+    let head = SOCKETS.waiting.get();
+    SOCKETS.locked(|| {
+        // SAFETY: As in `Sockets::pop`; each turn takes one off.
+        unsafe {
+            while !ptr::eq((*head).next, head) {
+                let link = (*head).next;
+                Sockets::unlink(link);
+                SOCKETS.nr_waiting.fetch_sub(1, Relaxed);
+                let ctx = link
+                    .byte_sub(core::mem::offset_of!(Ctx, waiting))
+                    .cast::<Ctx>();
+                let sk = (*ctx).sk;
+                if ext::pmskb_sock_tryget(sk.as_ptr()) {
+                    return Some(sk);
+                }
+            }
+        }
+        None
+    })
 }
 
 /// The memory of a store is about to go: no socket may keep a page. What was received and not read
@@ -655,6 +757,29 @@ pub(crate) unsafe fn set_option(
             ctx.crc32c.store(on, Relaxed);
             Ok(0)
         }
+        ext::PMSKB_AUTO_PERSIST => {
+            let on = value.read::<u32>()?;
+            if on > 1 {
+                return Err(EINVAL);
+            }
+            // SAFETY: As the caller says.
+            let mut attached = unsafe { attached(sk)? };
+            if attached.transport() != Transport::Tcp {
+                return Err(errno(bindings::EOPNOTSUPP));
+            }
+            if on != 0 {
+                // SAFETY: It is a TCP socket of ours, locked, and its file is open.
+                unsafe { ulp::guard(sk) }?;
+            }
+            let ctx = attached.ctx;
+            if ctx.auto.xchg(on, Relaxed) != on && on != 0 {
+                // What is there already counts, too.
+                let own = ctx.own(&mut attached.locked);
+                own.logged = None;
+                auto::arrived(ctx);
+            }
+            Ok(0)
+        }
         ext::PMSKB_RELEASE => {
             const SIZE: usize = core::mem::size_of::<ext::pmskb_token_range>();
             if value.len() == 0 || value.len() % SIZE != 0 {
@@ -707,14 +832,16 @@ pub(crate) unsafe fn get_option(
 ) -> Result {
     let room = UserSlice::new(len, 4).reader().read::<i32>()?;
     let room = usize::try_from(room).map_err(|_| EINVAL)?;
-    let (info, crc32c) = {
+    let (info, crc32c, auto) = {
         // SAFETY: As the caller says.
         let locked = unsafe { Locked::new(sk) };
         let ctx = locked.ctx().ok_or(errno(bindings::EUNATCH))?;
-        (ctx.info(), ctx.crc32c.load(Relaxed))
+        let relaxed = |flag: &Atomic<u32>| flag.load(Relaxed);
+        (ctx.info(), relaxed(&ctx.crc32c), relaxed(&ctx.auto))
     };
     let size = match name {
         ext::PMSKB_CRC32C => put(to, room, &crc32c)?,
+        ext::PMSKB_AUTO_PERSIST => put(to, room, &auto)?,
         ext::PMSKB_RX_MODE => put(to, room, &info.rx_mode)?,
         ext::PMSKB_INFO => put(to, room, &Plain(info))?,
         _ => return Err(errno(bindings::ENOPROTOOPT)),
@@ -738,6 +865,7 @@ pub(crate) struct Registered {
     // In this order: nobody comes to us any more, then nobody places.
     _ulp: ulp::Registered,
     _hooks: place::Started,
+    _auto: auto::Started,
 }
 
 impl Registered {
@@ -753,6 +881,7 @@ impl Registered {
         Ok(Self {
             _ulp: ulp::Registered::new()?,
             _hooks: hooks,
+            _auto: auto::Started::new(),
         })
     }
 }

@@ -21,7 +21,7 @@
 use crate::{
     attach::Ctx,
     bindings as ext,
-    descriptor::{Control, End, Made, Pass},
+    descriptor::{Control, End, Made, Pass, Source},
     sock::{errno, Datagram, First, Locked},
 };
 use core::ptr::NonNull;
@@ -49,10 +49,12 @@ fn describe(
     own.copied = own.copied.wrapping_add(1);
     let flow = datagram.flow();
     let mut pass = Pass {
-        ctx,
-        store: &store,
+        source: Source {
+            ctx,
+            store: &store,
+            cursor: &mut own.cursor,
+        },
         tokens: &mut own.tokens,
-        cursor: &mut own.cursor,
         control,
         flow: Some(&flow),
         made: Some(made),

@@ -141,12 +141,18 @@ impl Made {
     }
 }
 
-/// A pass over the receive queue.
-pub(crate) struct Pass<'a> {
+/// Received bytes, as parts of frames.
+pub(crate) struct Source<'a> {
     pub(crate) ctx: &'a Ctx,
     pub(crate) store: &'a Store,
-    pub(crate) tokens: &'a mut Tokens,
+    /// Where those that are in no frame are copied.
     pub(crate) cursor: &'a mut Cursor,
+}
+
+/// A pass over the receive queue.
+pub(crate) struct Pass<'a> {
+    pub(crate) source: Source<'a>,
+    pub(crate) tokens: &'a mut Tokens,
     pub(crate) control: &'a mut Control,
     /// Of the datagram; of a stream it is the socket's.
     pub(crate) flow: Option<&'a Flow>,
@@ -189,12 +195,10 @@ impl Pass<'_> {
             true => 0,
             false => skb.seq().wrapping_add(off),
         };
-        let held = match self.placed(skb, off, len)? {
-            Some(held) => held,
-            None => self.copy(skb, off, len)?,
-        };
+        let held = self.source.hold(skb, off, len)?;
         let note = held.note;
-        let area = self.store.frames();
+        let store = self.source.store;
+        let area = store.frames();
         let token = match self.tokens.add(held, self.flow) {
             Ok(token) => token,
             Err(e) => {
@@ -219,7 +223,7 @@ impl Pass<'_> {
             offset: area.offset(held.frame) + u64::from(note.offset),
             len,
             token,
-            store: self.store.minor(),
+            store: store.minor(),
             flags,
             time: note.time,
             seq,
@@ -237,6 +241,17 @@ impl Pass<'_> {
             made.push(token);
         }
         Ok(len)
+    }
+}
+
+impl Source<'_> {
+    /// Some of up to `len` bytes of a packet from `off`, in one frame; with a hold. `ENOBUFS` if
+    /// they have to be copied, and there is no frame.
+    pub(crate) fn hold(&mut self, skb: &Queued<'_>, off: u32, len: u32) -> Result<Held> {
+        match self.placed(skb, off, len)? {
+            Some(held) => Ok(held),
+            None => self.copy(skb, off, len),
+        }
     }
 
     /// What is known of the byte at `off`, if it is in one of the store's frames; with a hold.

@@ -21,6 +21,7 @@
 #include <linux/pmskb.h>
 #include <linux/skmsg.h>
 #include <linux/workqueue.h>
+#include <net/busy_poll.h>
 #include <net/inet_common.h>
 #include <net/inet_sock.h>
 #include <net/ip.h>
@@ -592,6 +593,80 @@ int pmskb_sock_intr_errno(long timeo)
 struct sk_buff *pmskb_rx_tail(const struct sock *sk)
 {
 	return skb_peek_tail(&sk->sk_receive_queue);
+}
+
+/* The one after @skb, or the first. */
+struct sk_buff *pmskb_rx_next(const struct sock *sk, const struct sk_buff *skb)
+{
+	return skb ? skb_peek_next((struct sk_buff *)skb, &sk->sk_receive_queue) :
+		     skb_peek(&sk->sk_receive_queue);
+}
+
+/* As tcp_recvmsg() does before it locks the socket. */
+void pmskb_sk_busy_loop(struct sock *sk, bool nonblock)
+{
+	if (sk_can_busy_loop(sk) && skb_queue_empty_lockless(&sk->sk_receive_queue) &&
+	    READ_ONCE(sk->sk_state) == TCP_ESTABLISHED)
+		sk_busy_loop(sk, nonblock);
+}
+
+/* It has not, as long as nobody has accepted it. */
+bool pmskb_sk_has_socket(const struct sock *sk)
+{
+	return READ_ONCE(sk->sk_socket);
+}
+
+bool pmskb_socket_nonblock(const struct socket *sock)
+{
+	return sock->file->f_flags & O_NONBLOCK;
+}
+
+const struct proto_ops *pmskb_tcp_ops(bool v6)
+{
+#if IS_ENABLED(CONFIG_IPV6)
+	if (v6)
+		return &inet6_stream_ops;
+#endif
+	return &inet_stream_ops;
+}
+
+/* The socket is locked, and open. What it accepts inherits its operations. */
+int pmskb_tcp_guard(struct sock *sk, bool v6, const struct proto_ops *ours)
+{
+	struct socket *sock = sk->sk_socket;
+	const struct proto_ops *now;
+
+	if (!sock)
+		return -EBUSY;
+	now = READ_ONCE(sock->ops);
+	if (now == ours)
+		return 0;
+	if (now != pmskb_tcp_ops(v6))
+		return -EBUSY;
+	/* Put by __sock_release(). */
+	__module_get(ours->owner);
+	WRITE_ONCE(sock->ops, ours);
+	module_put(now->owner);
+	return 0;
+}
+
+static void pmskb_auto_work_fn(struct work_struct *work)
+{
+	pmskb_auto_run();
+}
+
+static DECLARE_DELAYED_WORK(pmskb_auto_work, pmskb_auto_work_fn);
+
+/* From any context. */
+void pmskb_auto_queue(unsigned int ms)
+{
+	queue_delayed_work(system_dfl_wq, &pmskb_auto_work, msecs_to_jiffies(ms));
+}
+
+/* Nobody queues it any more but itself. */
+void pmskb_auto_stop(void)
+{
+	cancel_delayed_work_sync(&pmskb_auto_work);
 }
 
 /* As tcp_recvmsg() does after each read. */

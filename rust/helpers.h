@@ -155,6 +155,8 @@ struct pmskb_flow {
 /* Of other headers, for Rust. */
 #define PMSKB_SOL_UDP 17
 #define PMSKB_UDP_ENCAP 100
+#define PMSKB_SOL_TCP 6
+#define PMSKB_TCP_ZEROCOPY_RECEIVE 35
 #define PMSKB_SOL_IPV6 41
 #define PMSKB_IPV6_ADDRFORM 1
 
@@ -223,6 +225,15 @@ size_t pmskb_nla_size(int len);
 int pmskb_net_start(void);
 void pmskb_net_stop(void);
 void pmskb_net_reap_later(void);
+void pmskb_auto_run(void);
+void pmskb_auto_queue(unsigned int ms);
+void pmskb_auto_stop(void);
+struct sk_buff *pmskb_rx_next(const struct sock *sk, const struct sk_buff *skb);
+void pmskb_sk_busy_loop(struct sock *sk, bool nonblock);
+bool pmskb_sk_has_socket(const struct sock *sk);
+bool pmskb_socket_nonblock(const struct socket *sock);
+const struct proto_ops *pmskb_tcp_ops(bool v6);
+int pmskb_tcp_guard(struct sock *sk, bool v6, const struct proto_ops *ours);
 int pmskb_hooks_register(struct net *net);
 void pmskb_hooks_unregister(struct net *net);
 void pmskb_kfree_rcu_ctx(struct rcu_head *head, void *ctx);

@@ -39,6 +39,7 @@
 use kernel::prelude::*;
 
 mod attach;
+mod auto;
 mod bindings;
 mod buffer;
 mod cell;

@@ -28,7 +28,7 @@
 
 use crate::{
     attach::Rx,
-    bindings as ext,
+    auto, bindings as ext,
     frame::{Frame, FrameArea},
     note::{self, Note},
     pm::csum::{self, Sum},
@@ -740,6 +740,9 @@ fn arrived(skb: &mut Arriving<'_>, net: Net, family: Family) {
     let distrust = Distrusted::key(net, facts.ifindex);
     let placed = place(skb, &segment, &facts, distrust, &store, &mut rx, &mut work);
     drop(rx);
+    if ctx.auto() {
+        auto::arrived(ctx);
+    }
     if work.mismatch {
         DISTRUSTED.add(distrust);
         pr_warn_ratelimited(facts.ifindex);

@@ -16,8 +16,8 @@
 
 use crate::{
     attach::Ctx,
-    bindings as ext,
-    descriptor::{Control, End, Pass},
+    auto, bindings as ext,
+    descriptor::{Control, End, Pass, Source},
     skb::Queued,
     sock::{self, errno, Stream},
 };
@@ -29,8 +29,18 @@ fn pass(
     locked: &mut Stream<'_>,
     ctx: &Ctx,
     control: &mut Control,
-    limit: usize,
+    mut limit: usize,
 ) -> Result<(usize, End)> {
+    if ctx.auto() {
+        let (ready, result) = auto::persist(locked, ctx);
+        if ready == 0 {
+            result?;
+        }
+        limit = limit.min(ready);
+        if limit == 0 {
+            return Ok((0, End::Drained));
+        }
+    }
     let Some(store) = ctx.own(locked).store.clone() else {
         return Err(EIO);
     };
@@ -38,10 +48,12 @@ fn pass(
     // Taken out while the lock is lent to the queue, and put back under the same lock.
     let mut own = ctx.take_own(locked);
     let mut pass = Pass {
-        ctx,
-        store: &store,
+        source: Source {
+            ctx,
+            store: &store,
+            cursor: &mut own.cursor,
+        },
         tokens: &mut own.tokens,
-        cursor: &mut own.cursor,
         control,
         flow: None,
         made: None,
@@ -85,6 +97,8 @@ pub(crate) unsafe fn recvmsg(
     if flags & bindings::MSG_PEEK != 0 {
         return Err(errno(bindings::EOPNOTSUPP));
     }
+    // SAFETY: As the caller says.
+    unsafe { ext::pmskb_sk_busy_loop(sk.as_ptr(), flags & bindings::MSG_DONTWAIT != 0) };
     // SAFETY: As the caller says.
     let mut locked = unsafe { Stream::new(sk) };
     let ctx = locked.ctx().ok_or(EIO)?;

@@ -14,6 +14,7 @@ use crate::{
 };
 use core::{
     marker::PhantomData,
+    mem::ManuallyDrop,
     ops::{Deref, DerefMut},
     ptr::NonNull,
 };
@@ -353,6 +354,20 @@ impl Stream<'_> {
         Self(unsafe { Locked::new(sk) })
     }
 
+    /// One that is locked already; it stays so.
+    ///
+    /// # Safety
+    ///
+    /// `sk` is a valid TCP socket for `'a`, and this thread has it locked.
+    pub(crate) unsafe fn lent(sk: NonNull<ext::sock>) -> ManuallyDrop<Self> {
+        // INVARIANT: As the caller says.
+        ManuallyDrop::new(Self(Locked {
+            sk,
+            _sk: PhantomData,
+            _thread: NotThreadSafe,
+        }))
+    }
+
     fn raw(&self) -> &ext::sock {
         // SAFETY: By the type invariants.
         unsafe { self.0.sk.as_ref() }
@@ -509,6 +524,43 @@ impl Stream<'_> {
             return Err(Error::from_errno(res));
         }
         Ok(res as usize)
+    }
+
+    /// Sequence number after the last byte in the receive queue; if there is none, of the next byte
+    /// to be received.
+    pub(crate) fn queue_end(&self) -> u32 {
+        let start = self.copied_seq();
+        // SAFETY: By the type invariants; nothing changes the queue meanwhile.
+        let last = unsafe { Queued::new(ext::pmskb_rx_tail(self.0.sk.as_ptr())) };
+        let end = last.map_or(start, |last| last.seq().wrapping_add(last.len()));
+        match end.wrapping_sub(start) as i32 {
+            ..0 => start,
+            _ => end,
+        }
+    }
+
+    /// Shows what is in the receive queue from sequence number `from` on to `look`, and leaves it
+    /// there: a packet, an offset in it, how many bytes from there; whether to go on, or an error,
+    /// which is the answer then.
+    pub(crate) fn look(
+        &self,
+        from: u32,
+        look: &mut dyn FnMut(&Queued<'_>, u32, u32) -> Result<bool>,
+    ) -> Result {
+        let mut skb = core::ptr::null_mut();
+        loop {
+            // SAFETY: By the type invariants; `skb` is null or in the queue, which nothing changes
+            // meanwhile.
+            skb = unsafe { ext::pmskb_rx_next(self.0.sk.as_ptr(), skb) };
+            // SAFETY: As above.
+            let Some(queued) = (unsafe { Queued::new(skb) }) else {
+                return Ok(());
+            };
+            let off = (from.wrapping_sub(queued.seq()) as i32).max(0) as u32;
+            if off < queued.len() && !look(&queued, off, queued.len() - off)? {
+                return Ok(());
+            }
+        }
     }
 
     /// Shows the next byte alone to `actor`, as [`Self::read`], even if it is the urgent one.

@@ -108,6 +108,7 @@ pub(crate) struct Counters {
     pub(crate) computed: Count,
     pub(crate) computed_bytes: Count,
     pub(crate) mismatch: Count,
+    pub(crate) logged_bytes: Count,
 }
 
 /// A number that only grows, relaxed.
@@ -151,6 +152,7 @@ impl Counters {
             computed: self.computed.get(),
             computed_bytes: self.computed_bytes.get(),
             mismatch: self.mismatch.get(),
+            logged_bytes: self.logged_bytes.get(),
             ..Default::default()
         };
         for (to, from) in out.unplaced.iter_mut().zip(&self.unplaced) {

@@ -26,6 +26,7 @@ use crate::{
     region::Region,
     sock::{self, errno, OptVal, Transport},
     store::{Core, Store},
+    token::Held,
     uapi::Plain,
 };
 use core::mem::size_of;
@@ -217,19 +218,9 @@ fn read_ops(caller: &Caller<'_, '_>, header: &ext::pmskb_submit, nr: usize) -> R
     let mut left = MAX_EXTENTS;
     for _ in 0..nr {
         let raw = reader.read::<Plain<ext::pmskb_op>>()?.0;
-        let mut op = Op {
-            fd: raw.fd,
-            keep: u32::from(raw.flags) & ext::PMSKB_OP_KEEP != 0,
-            crc32c: u32::from(raw.flags) & ext::PMSKB_OP_CRC32C != 0,
-            action: Action::Release,
-            exts: KVVec::new(),
-            object: 0,
-            pieces: KVVec::new(),
-            sealed: None,
-            meta: pm::Meta::default(),
-            if_seq: None,
-            result: Plain::default(),
-        };
+        let mut op = Op::new(raw.fd, Action::Release);
+        op.keep = u32::from(raw.flags) & ext::PMSKB_OP_KEEP != 0;
+        op.crc32c = u32::from(raw.flags) & ext::PMSKB_OP_CRC32C != 0;
         let named = match caller {
             Caller::Socket(_) if raw.fd != -1 => Err(EINVAL),
             _ => op.read(&raw, &mut left),
@@ -244,6 +235,22 @@ fn read_ops(caller: &Caller<'_, '_>, header: &ext::pmskb_submit, nr: usize) -> R
 }
 
 impl Op {
+    fn new(fd: i32, action: Action) -> Self {
+        Self {
+            fd,
+            keep: false,
+            crc32c: false,
+            action,
+            exts: KVVec::new(),
+            object: 0,
+            pieces: KVVec::new(),
+            sealed: None,
+            meta: pm::Meta::default(),
+            if_seq: None,
+            result: Plain::default(),
+        }
+    }
+
     /// The operation has failed, if `result` is an error.
     fn fail_if<T>(&mut self, result: Result<T>) {
         if let Err(error) = result {
@@ -433,37 +440,12 @@ fn resolve(
         meta.flow = flow(&socket.flow(first), udp);
         for (nr, ext) in exts.iter().map(|ext| &ext.0).enumerate() {
             let held = socket.get(ext.token)?;
-            let len = u32::from(held.note.len);
-            let after = ext
-                .offset
-                .checked_add(ext.len)
-                .and_then(|end| len.checked_sub(end))
-                .ok_or(EINVAL)?;
-            let piece = pm::Piece {
-                off: held.frame.off() + u64::from(held.note.offset) + u64::from(ext.offset),
-                len: ext.len,
-                packet: pm::Packet {
-                    seq: held.note.seq.wrapping_sub(held.note.pkt_off),
-                    time: held.note.time,
-                    len: held.note.pkt_len,
-                    sum: Sum::new(held.note.csum),
-                    kind: csum_kind(held.note.kind),
-                },
-                at: held.note.pkt_off.saturating_add(ext.offset),
-                before: ext.offset,
-                after,
-                crc: held.note.crc.filter(|_| ext.len == len),
-            };
+            let piece = piece(&held, ext.offset, ext.len)?;
             if nr == 0 && !udp {
                 meta.tcp_seq = held.note.seq.wrapping_add(ext.offset);
             }
             if nr < *object {
-                meta.copied |= held.note.copied;
-                // An object is there when its last packet has come.
-                if held.note.time >= meta.time {
-                    meta.time = held.note.time;
-                    meta.time_source = time_source(held.note.source);
-                }
+                came_with(meta, &held);
             }
             socket.store().frames().hold(held.frame)?;
             // Room was reserved above.
@@ -475,6 +457,40 @@ fn resolve(
         return Err(EINVAL);
     }
     Ok(())
+}
+
+/// `len` bytes from `off` of what a token holds, as a part of an object. `EINVAL` if there are fewer.
+fn piece(held: &Held, off: u32, len: u32) -> Result<pm::Piece> {
+    let note = &held.note;
+    let after = off
+        .checked_add(len)
+        .and_then(|end| u32::from(note.len).checked_sub(end))
+        .ok_or(EINVAL)?;
+    Ok(pm::Piece {
+        off: held.frame.off() + u64::from(note.offset) + u64::from(off),
+        len,
+        packet: pm::Packet {
+            seq: note.seq.wrapping_sub(note.pkt_off),
+            time: note.time,
+            len: note.pkt_len,
+            sum: Sum::new(note.csum),
+            kind: csum_kind(note.kind),
+        },
+        at: note.pkt_off.saturating_add(off),
+        before: off,
+        after,
+        crc: note.crc.filter(|_| len == u32::from(note.len)),
+    })
+}
+
+/// What an object's record says of the packets that it came in.
+fn came_with(meta: &mut pm::Meta, held: &Held) {
+    meta.copied |= held.note.copied;
+    // An object is there when its last packet has come.
+    if held.note.time >= meta.time {
+        meta.time = held.note.time;
+        meta.time_source = time_source(held.note.source);
+    }
 }
 
 /// [`resolve`] of extents that are ranges of a buffer, which nobody can write to from then on.
@@ -823,6 +839,119 @@ fn with_socket<T>(
             }
             then(socket)
         }),
+    }
+}
+
+/// Records without a key of what a TCP socket has received, in order and one a packet, for
+/// auto-persist. Process context, under the socket's lock.
+pub(crate) struct Log<'a> {
+    store: &'a Arc<Store>,
+    flow: Option<pm::Flow>,
+    crc32c: bool,
+    ops: KVVec<Op>,
+}
+
+impl<'a> Log<'a> {
+    /// Records that are committed together, at most.
+    const BATCH: usize = 128;
+
+    /// None yet.
+    pub(crate) fn new(store: &'a Arc<Store>, from: &sock::Flow, crc32c: bool) -> Self {
+        Self {
+            store,
+            flow: flow(from, false),
+            crc32c,
+            ops: KVVec::new(),
+        }
+    }
+
+    /// [`Self::add`] no more, and commit.
+    pub(crate) fn is_full(&self) -> bool {
+        self.ops.len() >= Self::BATCH
+    }
+
+    /// Adds the bytes that come next, and takes over their hold. `ENOMEM`.
+    pub(crate) fn add(&mut self, held: Held) -> Result {
+        let added = self.append(&held);
+        if added.is_err() {
+            // It was held, so it cannot fail.
+            let _ = self.store.frames().unhold(held.frame);
+        }
+        added
+    }
+
+    fn append(&mut self, held: &Held) -> Result {
+        let piece = piece(held, 0, held.note.len.into())?;
+        if let Some(op) = self.ops.last_mut() {
+            let goes_on = |last: &pm::Piece| {
+                last.packet == piece.packet && last.at.checked_add(last.len) == Some(piece.at)
+            };
+            if op.pieces.last().is_some_and(goes_on) {
+                op.pieces.push(piece, GFP_KERNEL)?;
+                op.object = op.pieces.len();
+                came_with(&mut op.meta, held);
+                return Ok(());
+            }
+        }
+        let mut op = Op::new(
+            -1,
+            Action::Put {
+                mode: pm::PutMode::Upsert,
+                key: Key::None,
+            },
+        );
+        op.crc32c = self.crc32c;
+        op.meta.flow = self.flow;
+        op.meta.tcp_seq = held.note.seq;
+        came_with(&mut op.meta, held);
+        self.ops.reserve(1, GFP_KERNEL)?;
+        op.pieces.push(piece, GFP_KERNEL)?;
+        op.object = 1;
+        Ok(self.ops.push(op, GFP_KERNEL)?)
+    }
+
+    /// Makes the records. Of how many bytes, from the first one added, there are durable ones now;
+    /// the error, if not of all.
+    pub(crate) fn commit(mut self) -> (u32, Result) {
+        let now = crate::host::now();
+        // What follows one that cannot be made shall not be there, either.
+        let mut result = Ok(());
+        let mut composed = 0;
+        for op in self.ops.iter_mut() {
+            result = compose(self.store, op, now);
+            if result.is_err() {
+                break;
+            }
+            composed += 1;
+        }
+        let mut staged = 0;
+        let committed = self.store.core().and_then(|mut core| {
+            let core = core.get()?;
+            for op in self.ops.iter_mut().take(composed) {
+                if let Err(error) = stage(core, op) {
+                    result = Err(error);
+                    break;
+                }
+                staged += 1;
+            }
+            core.commit().map_err(crate::errno)
+        });
+        if let Err(error) = committed {
+            return (0, Err(error));
+        }
+        let pieces = self.ops.iter().take(staged).flat_map(|op| &op.pieces);
+        let bytes = pieces.fold(0u32, |bytes, piece| bytes.wrapping_add(piece.len));
+        self.store.submits.add(1);
+        (bytes, result)
+    }
+}
+
+impl Drop for Log<'_> {
+    fn drop(&mut self) {
+        for piece in self.ops.iter().flat_map(|op| &op.pieces) {
+            unhold(self.store.frames(), piece);
+        }
+        self.store.upkeep();
     }
 }
 

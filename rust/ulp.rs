@@ -22,10 +22,10 @@
 
 use crate::{
     attach::{self, Ctx},
-    bindings as ext,
+    auto, bindings as ext,
     cell::Static,
     receive,
-    sock::{errno, Locked, OptVal, SocketFile, Transport},
+    sock::{errno, OptVal, SocketFile, Stream, Transport},
 };
 use core::ptr::{self, NonNull};
 use kernel::{
@@ -44,6 +44,8 @@ const INFO_ATTR: c_int = 0x504d;
 static ULP: Static<ext::tcp_ulp_ops> = Static::new();
 /// Our operations, IPv4 and IPv6.
 static PROTOS: [Static<ext::proto>; 2] = [const { Static::new() }; 2];
+/// Those of the `socket` with auto-persist: what reads past `recvmsg()`.
+static OPS: [Static<bindings::proto_ops>; 2] = [const { Static::new() }; 2];
 
 /// TCP's own operations.
 fn base(family: usize) -> *mut ext::proto {
@@ -94,6 +96,22 @@ pub(crate) fn adopt(file: &SocketFile) -> Result {
         Err(e) if e == EEXIST && ours() => Ok(()),
         Err(e) if e == EEXIST => Err(EBUSY),
         other => other,
+    }
+}
+
+/// The way to what a socket has received is by our calls alone, from here on; what it accepts
+/// inherits that. `EBUSY` if the way is somebody else's.
+///
+/// # Safety
+///
+/// `sk` is a TCP socket of ours, which is locked, and its file is open.
+pub(crate) unsafe fn guard(sk: NonNull<ext::sock>) -> Result {
+    // SAFETY: As the caller says; our operations are filled, and stay as long as the module, on
+    // which the socket gets a reference.
+    unsafe {
+        let family = family_of(sk.as_ptr()).ok_or(EBUSY)?;
+        let ops = OPS.get(family).ok_or(EBUSY)?;
+        to_result(ext::pmskb_tcp_guard(sk.as_ptr(), family != 0, ops.get()))
     }
 }
 
@@ -241,8 +259,9 @@ unsafe extern "C" fn ulp_info_size(_sk: *const ext::sock, _admin: bool) -> usize
 unsafe extern "C" fn proto_close<const FAMILY: usize>(sk: *mut ext::sock, timeout: c_long) {
     if let Some(sk) = NonNull::new(sk) {
         // SAFETY: The last descriptor is being closed; TCP has not locked the socket.
-        let mut locked = unsafe { Locked::new(sk) };
+        let mut locked = unsafe { Stream::new(sk) };
         if let Some(ctx) = locked.ctx() {
+            auto::finish(&mut locked, ctx);
             let own = ctx.own(&mut locked);
             ctx.let_go(own);
         }
@@ -251,6 +270,29 @@ unsafe extern "C" fn proto_close<const FAMILY: usize>(sk: *mut ext::sock, timeou
     unsafe {
         if let Some(close) = (*base(FAMILY)).close {
             close(sk, timeout);
+        }
+    }
+}
+
+/// # Safety
+///
+/// As `proto.disconnect` is called.
+unsafe extern "C" fn proto_disconnect<const FAMILY: usize>(
+    sk: *mut ext::sock,
+    flags: c_int,
+) -> c_int {
+    // SAFETY: As we were called. One without a `socket` was never accepted, and its listener is
+    // being closed: nothing may sleep. Others are locked, and their file is open.
+    unsafe {
+        if let Some(raw) = NonNull::new(sk).filter(|_| ext::pmskb_sk_has_socket(sk)) {
+            let mut lent = Stream::lent(raw);
+            if let Some(ctx) = lent.ctx() {
+                auto::finish(&mut lent, ctx);
+            }
+        }
+        match (*base(FAMILY)).disconnect {
+            Some(disconnect) => disconnect(sk, flags),
+            None => ENOTSUPP.to_errno(),
         }
     }
 }
@@ -292,6 +334,13 @@ unsafe extern "C" fn proto_getsockopt<const FAMILY: usize>(
     len: *mut c_int,
 ) -> c_int {
     if level != ext::SOL_PMSKB as c_int {
+        let maps = level == ext::PMSKB_SOL_TCP as c_int
+            && name == ext::PMSKB_TCP_ZEROCOPY_RECEIVE as c_int;
+        // SAFETY: A full socket, which stays: its file is open.
+        if maps && unsafe { Ctx::of(sk) }.is_some_and(Ctx::auto) {
+            // It gives out what comes while it runs, too.
+            return errno(bindings::EOPNOTSUPP).to_errno();
+        }
         // SAFETY: As we were called.
         return unsafe {
             match (*base(FAMILY)).getsockopt {
@@ -324,22 +373,109 @@ unsafe extern "C" fn proto_recvmsg<const FAMILY: usize>(
     const BASE_FLAGS: c_int =
         (bindings::MSG_OOB | bindings::MSG_ERRQUEUE | bindings::MSG_TRUNC) as c_int;
     // SAFETY: A full socket, which stays: its file is open.
-    if flags & BASE_FLAGS != 0 || !unsafe { Ctx::describes(sk) } {
+    let bytes = flags & BASE_FLAGS != 0 || !unsafe { Ctx::describes(sk) };
+    // SAFETY: As above.
+    let auto = unsafe { Ctx::of(sk) }.is_some_and(Ctx::auto);
+    // SAFETY: TCP's own operations do not change.
+    let Some(base) = (unsafe { (*base(FAMILY)).recvmsg }) else {
+        return ENOTSUPP.to_errno();
+    };
+    if bytes && !auto {
         // SAFETY: As we were called.
-        return unsafe {
-            match (*base(FAMILY)).recvmsg {
-                Some(recv) => recv(sk, msg, len, flags),
-                None => ENOTSUPP.to_errno(),
-            }
-        };
+        return unsafe { base(sk, msg, len, flags) };
     }
     from_result(|| {
         let (sk, msg) = NonNull::new(sk).zip(NonNull::new(msg)).ok_or(EINVAL)?;
+        if bytes {
+            // SAFETY: As we were called.
+            let n = unsafe { auto::recvmsg(sk, msg, len, flags, base) }?;
+            return Ok(n.min(c_int::MAX as usize) as c_int);
+        }
         // SAFETY: `recvmsg()` has a reference to the socket's file, and has not locked it; `msg` is
         // its own.
         let n = unsafe { receive::recvmsg(sk, msg, len, flags) }?;
         Ok(n.min(c_int::MAX as usize) as c_int)
     })
+}
+
+/// TCP's own operations of the `socket`.
+fn base_ops(family: usize) -> *const bindings::proto_ops {
+    // SAFETY: No requirements.
+    unsafe { ext::pmskb_tcp_ops(family != 0) }
+}
+
+/// # Safety
+///
+/// As `proto_ops.splice_read` is called.
+unsafe extern "C" fn ops_splice_read<const FAMILY: usize>(
+    sock: *mut bindings::socket,
+    pos: *mut bindings::loff_t,
+    pipe: *mut bindings::pipe_inode_info,
+    len: usize,
+    flags: c_uint,
+) -> isize {
+    // SAFETY: TCP's own operations do not change.
+    let Some(base) = (unsafe { (*base_ops(FAMILY)).splice_read }) else {
+        return EINVAL.to_errno() as isize;
+    };
+    // SAFETY: As we were called.
+    let call = |len| unsafe { base(sock, pos, pipe, len, flags) };
+    // SAFETY: The socket is open, so it has a sock; that is one of TCP.
+    let sk = unsafe { ext::pmskb_socket_sk(sock.cast()) };
+    // SAFETY: As above.
+    if !unsafe { Ctx::of(sk) }.is_some_and(Ctx::auto) {
+        return call(len);
+    }
+    let spliced = NonNull::new(sk).ok_or(EINVAL).and_then(|sk| {
+        // SAFETY: As above; `splice()` has not locked it.
+        unsafe { auto::splice(sk, len, ext::pmskb_socket_nonblock(sock.cast()), call) }
+    });
+    spliced.unwrap_or_else(|e| e.to_errno() as isize)
+}
+
+/// What other parts of the kernel read with: they have no need to wait for us.
+///
+/// # Safety
+///
+/// As `proto_ops.read_sock` is called.
+unsafe extern "C" fn ops_read_sock<const FAMILY: usize>(
+    sk: *mut bindings::sock,
+    desc: *mut bindings::read_descriptor_t,
+    actor: bindings::sk_read_actor_t,
+) -> c_int {
+    // SAFETY: As we were called: the socket stays.
+    if unsafe { Ctx::of(sk.cast()) }.is_some_and(Ctx::auto) {
+        return errno(bindings::EOPNOTSUPP).to_errno();
+    }
+    // SAFETY: As we were called.
+    unsafe {
+        match (*base_ops(FAMILY)).read_sock {
+            Some(read) => read(sk, desc, actor),
+            None => errno(bindings::EOPNOTSUPP).to_errno(),
+        }
+    }
+}
+
+/// As [`ops_read_sock`].
+///
+/// # Safety
+///
+/// As `proto_ops.read_skb` is called.
+unsafe extern "C" fn ops_read_skb<const FAMILY: usize>(
+    sk: *mut bindings::sock,
+    actor: bindings::skb_read_actor_t,
+) -> c_int {
+    // SAFETY: As we were called: the socket stays.
+    if unsafe { Ctx::of(sk.cast()) }.is_some_and(Ctx::auto) {
+        return errno(bindings::EOPNOTSUPP).to_errno();
+    }
+    // SAFETY: As we were called.
+    unsafe {
+        match (*base_ops(FAMILY)).read_skb {
+            Some(read) => read(sk, actor),
+            None => errno(bindings::EOPNOTSUPP).to_errno(),
+        }
+    }
 }
 
 // ---- module ----
@@ -392,8 +528,21 @@ fn fill<const FAMILY: usize>() {
         let proto = &mut *proto.get();
         proto.owner = crate::this_module();
         proto.close = Some(proto_close::<FAMILY>);
+        proto.disconnect = Some(proto_disconnect::<FAMILY>);
         proto.recvmsg = Some(proto_recvmsg::<FAMILY>);
         proto.setsockopt = Some(proto_setsockopt::<FAMILY>);
         proto.getsockopt = Some(proto_getsockopt::<FAMILY>);
+    }
+    let Some(ops) = OPS.get(FAMILY) else {
+        return;
+    };
+    // SAFETY: As above.
+    unsafe {
+        ptr::copy_nonoverlapping(base_ops(FAMILY), ops.get(), 1);
+        let ops = &mut *ops.get();
+        ops.owner = crate::this_module();
+        ops.splice_read = Some(ops_splice_read::<FAMILY>);
+        ops.read_sock = Some(ops_read_sock::<FAMILY>);
+        ops.read_skb = Some(ops_read_skb::<FAMILY>);
     }
 }

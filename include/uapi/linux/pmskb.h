@@ -55,6 +55,14 @@
 #define PMSKB_CRC32C		6
 
 /**
+ * PMSKB_AUTO_PERSIST - set, get: __u32, 0 or 1; of TCP. With 1, all that the socket
+ * receives is in the log before a call returns it: a record a packet, without a key,
+ * with the packet's checksum, time, flow and TCP sequence number. What nobody reads
+ * gets its records soon after it came. Accepted sockets inherit it.
+ */
+#define PMSKB_AUTO_PERSIST	7
+
+/**
  * enum pmskb_rx_mode - what receive calls return
  * @PMSKB_RX_BYTES: bytes, as on any socket (the default)
  * @PMSKB_RX_DESC: recvmsg() returns packet descriptors in control messages
@@ -332,6 +340,7 @@ enum pmskb_unplaced {
  * @computed_bytes: payload bytes read by the CPU for a checksum; those read for a
  *	CRC32C as well
  * @mismatch: samples where a derived checksum was not the computed one
+ * @logged_bytes: payload bytes of which PMSKB_AUTO_PERSIST made records
  */
 struct pmskb_counters {
 	__u64 placed;
@@ -343,6 +352,7 @@ struct pmskb_counters {
 	__u64 computed;
 	__u64 computed_bytes;
 	__u64 mismatch;
+	__u64 logged_bytes;
 };
 
 /**

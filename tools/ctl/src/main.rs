@@ -28,6 +28,7 @@ mod admin;
 mod change;
 mod check;
 mod examine;
+mod flow;
 mod fsck;
 mod progress;
 mod records;

@@ -15,6 +15,7 @@ use pmskb_uapi::{catalog::describe, core::Record, Catalog};
 use serde_json::{json, Value};
 
 use crate::{
+    flow::{self, Ends},
     select::{Key, Select},
     source::Source,
     text,
@@ -42,7 +43,7 @@ pub struct Ls {
 #[derive(Args)]
 pub struct Get {
     /// The key; escapes as `ls` prints them
-    #[arg(required_unless_present_any = ["seq", "key_hex"], value_parser = text::parse_key)]
+    #[arg(required_unless_present_any = ["seq", "key_hex", "flow"], value_parser = text::parse_key)]
     key: Option<Key>,
     /// The key, in hexadecimal digits
     #[arg(long, value_name = "DIGITS", conflicts_with = "key", value_parser = text::parse_hex_key)]
@@ -50,6 +51,12 @@ pub struct Get {
     /// The record with this sequence number
     #[arg(long, value_name = "N", conflicts_with_all = ["key", "key_hex"])]
     seq: Option<u64>,
+    /// All that came over a TCP connection with auto-persist: PEER:PORT,LOCAL:PORT
+    #[arg(long, value_name = "ENDS", conflicts_with_all = ["key", "key_hex", "seq"])]
+    flow: Option<Ends>,
+    /// Of several streams with these ends, or with a gap between: this one
+    #[arg(long, value_name = "N", requires = "flow")]
+    part: Option<usize>,
     /// Write to this file; by default to the standard output
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
@@ -160,6 +167,9 @@ fn count(a: &Ls, catalog: &Catalog, json: bool) -> anyhow::Result<ExitCode> {
 /// Writes an object's bytes.
 pub fn get(a: &Get, json: bool) -> anyhow::Result<ExitCode> {
     let catalog = a.source.open(a.store)?;
+    if let Some(ends) = a.flow {
+        return flow::get(&catalog, ends, a.part, a.output.as_deref(), json);
+    }
     // One that is replaced while it is read is read again.
     for _ in 0..100 {
         let record = find(a, &catalog)?;

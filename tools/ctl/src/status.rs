@@ -141,6 +141,7 @@ fn traffic(info: &StoreInfo) -> Vec<Row> {
         ("checksums computed", c.computed),
         ("bytes read for checksums", c.computed_bytes),
         ("checksum mismatches", c.mismatch),
+        ("bytes logged by auto-persist", c.logged_bytes),
         ("submissions", info.raw.submits),
         ("lines flushed", info.raw.lines_flushed),
         ("fences", info.raw.fences),
@@ -273,6 +274,7 @@ fn value(info: &StoreInfo) -> Value {
             "computed": c.computed,
             "computed_bytes": c.computed_bytes,
             "mismatch": c.mismatch,
+            "logged_bytes": c.logged_bytes,
         },
     });
     let numbers = json!({

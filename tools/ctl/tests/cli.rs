@@ -200,6 +200,78 @@ fn records_are_listed_filtered_and_got() {
     assert_eq!(run(&image.0, &["get", "nope"]).status.code(), Some(2));
 }
 
+/// Appends a record of a connection, without a key.
+fn log(store: &mut Core, port: u16, tcp_seq: u32, bytes: &[u8]) {
+    let frame = store.frames().alloc(None, pmskb_core::Need::New).unwrap();
+    store.pm().write(frame.off(), bytes).unwrap();
+    let meta = Meta {
+        csum: Sum::of(bytes),
+        csum_kind: CsumKind::Computed,
+        flow: Some(Flow {
+            addrs: Addrs::V4 {
+                remote: [10, 0, 2, 2],
+                local: [10, 0, 2, 15],
+            },
+            remote_port: port,
+            local_port: 80,
+            udp: false,
+        }),
+        tcp_seq,
+        ..Meta::default()
+    };
+    let extents = [Extent::new(frame.off(), bytes.len() as u32)];
+    let args = PutArgs {
+        key: Key::None,
+        extents: &extents,
+        meta,
+        mode: PutMode::Upsert,
+        if_seq: None,
+    };
+    store.put(&args).unwrap();
+}
+
+#[test]
+fn a_connection_is_put_together_again() {
+    let (bytes, _) = region_with(|store| {
+        // Past the end of sequence numbers, with another connection's between.
+        log(store, 5, u32::MAX - 3, b"GET / H");
+        log(store, 6, 77, b"another");
+        log(store, 5, 3, b"TTP/1.1\r\n");
+        // Some of it, and all of it, is there already.
+        log(store, 5, 8, b".1\r\nHost");
+        log(store, 5, 13, b"ost");
+        // A gap; and the same port again.
+        log(store, 7, 100, b"first");
+        log(store, 7, 106, b"second");
+        log(store, 7, 5, b"third");
+    });
+    let image = Image::new("flow", &bytes);
+    let get = |ends: &str, more: &[&str]| run(&image.0, &[&["get", "--flow", ends], more].concat());
+    let out = get("10.0.2.2:5,10.0.2.15:80", &[]);
+    assert_eq!(
+        String::from_utf8_lossy(&out.stdout),
+        "GET / HTTP/1.1\r\nHost"
+    );
+    // The other way around it was nobody's.
+    assert_eq!(get("10.0.2.15:80,10.0.2.2:5", &[]).status.code(), Some(2));
+    let printed = get("tcp 10.0.2.2:6 > 10.0.2.15:80", &["--json"]);
+    let value: serde_json::Value = serde_json::from_slice(&printed.stdout).unwrap();
+    assert_eq!((&value["bytes"], &value["parts"]), (&7.into(), &1.into()));
+    let parts = get("10.0.2.2:7,10.0.2.15:80", &[]);
+    assert_eq!(parts.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&parts.stderr).contains("--part 3: records"));
+    for (part, bytes) in [("1", "first"), ("2", "second"), ("3", "third")] {
+        let out = get("10.0.2.2:7,10.0.2.15:80", &["--part", part]);
+        assert_eq!(String::from_utf8_lossy(&out.stdout), bytes);
+    }
+    assert_eq!(
+        get("10.0.2.2:7,10.0.2.15:80", &["--part", "4"])
+            .status
+            .code(),
+        Some(2)
+    );
+}
+
 #[test]
 fn verify_tells_good_from_bad() {
     let (mut bytes, second) = region();

@@ -92,6 +92,7 @@ impl Path {
 static STORE: Path = Path::new();
 static REQUIRE: AtomicBool = AtomicBool::new(false);
 static VERBOSE: AtomicBool = AtomicBool::new(false);
+static AUTO: AtomicBool = AtomicBool::new(false);
 /// Of the file that was the standard error at the start. Later there may be anything.
 static SAID_TO: [AtomicU64; 2] = [const { AtomicU64::new(0) }; 2];
 /// The launcher's counters, mapped; null without.
@@ -130,6 +131,8 @@ unsafe extern "C" fn start(_argc: c_int, _argv: *const *const c_char, envp: *con
             STORE.set(path);
         } else if value(words::REQUIRE).is_some() {
             REQUIRE.store(true, Relaxed);
+        } else if value(words::AUTO).is_some() {
+            AUTO.store(true, Relaxed);
         } else if value(words::VERBOSE).is_some() {
             VERBOSE.store(true, Relaxed);
         } else if let Some(path) = value(words::COUNTS) {
@@ -249,7 +252,31 @@ impl Fd {
             ))
         };
         store.close();
-        result.map(drop)
+        result?;
+        if AUTO.load(Relaxed) {
+            self.persist_all()?;
+        }
+        Ok(())
+    }
+
+    /// What it receives is to be in the log before the program gets it. UDP cannot have that.
+    fn persist_all(self) -> Result<(), Errno> {
+        let on = 1u32;
+        // SAFETY: a number, and its size.
+        let result = answer(unsafe {
+            libc::syscall(
+                libc::SYS_setsockopt,
+                self.0,
+                sys::SOL_PMSKB as c_int,
+                sys::PMSKB_AUTO_PERSIST as c_int,
+                &raw const on,
+                size_of_val(&on),
+            )
+        });
+        match result {
+            Err(Errno(libc::EOPNOTSUPP)) => Ok(()),
+            other => other.map(drop),
+        }
     }
 
     fn option<T: Default>(self, level: c_int, name: c_int) -> Option<T> {

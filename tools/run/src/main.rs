@@ -54,6 +54,9 @@ struct Args {
     /// A socket that cannot be attached is an error of the call that made it, and no plain socket
     #[arg(long)]
     require: bool,
+    /// What TCP sockets receive is made durable in the store's log before the program gets it
+    #[arg(long)]
+    auto_persist: bool,
     /// The program and its arguments
     #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
     command: Vec<OsString>,
@@ -107,6 +110,7 @@ fn run(args: &Args) -> anyhow::Result<ExitCode> {
     for (word, is_set) in [
         (words::VERBOSE, args.verbose),
         (words::REQUIRE, args.require),
+        (words::AUTO, args.auto_persist),
     ] {
         if is_set {
             command.env(word, "1");

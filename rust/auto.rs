@@ -1,0 +1,339 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! `PMSKB_AUTO_PERSIST`: what TCP has accepted is in the log before anybody gets it.
+//!
+//! What is in the receive queue was accepted: in order, checked, acknowledged. [`persist`] makes log
+//! records of what is there and has none yet, one record a packet, with the packet's checksum, stamp,
+//! flow and sequence number; where each call stands is a sequence number (`Own::logged`). A receive in
+//! bytes persists first, and then lets TCP's own code give out as much as that was; one in
+//! descriptors does the same under one lock (`receive.rs`).
+//!
+//! - Reading calls take turns (`Ctx::turn`): what TCP's code gives out after ours has let go of the
+//!   socket's lock must be what ours has persisted.
+//! - For a socket that nobody reads there is a work item: the hook that placed a packet puts the
+//!   socket on a list ([`attach::wait`]), and 10 ms later what came is persisted.
+//! - `close()` and a disconnect persist what is left.
+//! - If a record cannot be made, the receive fails with that errno (`ENOSPC`, `ENOBUFS`, `ENOMEM`),
+//!   nothing is given out or lost, the window closes, and the work item tries again each second.
+//!
+//! Process context. The order: a turn, the socket's lock, the store's.
+
+use crate::{
+    attach::{self, Ctx},
+    bindings as ext,
+    descriptor::{Control, Source},
+    skb::Queued,
+    sock::{self, errno, Stream},
+    submit::Log,
+};
+use core::ptr::NonNull;
+use kernel::{
+    bindings,
+    ffi::{c_int, c_long},
+    prelude::*,
+    sync::rcu,
+};
+
+/// From a packet's arrival to its record, if nobody reads: ms.
+const DELAY: u32 = 10;
+/// Until the next try, after one that failed: ms.
+const RETRY: u32 = 1000;
+
+/// `proto.recvmsg`.
+pub(crate) type Recv =
+    unsafe extern "C" fn(*mut ext::sock, *mut bindings::msghdr, usize, c_int) -> c_int;
+
+/// Makes records of what is in the receive queue and has none. How many bytes from the next one to be
+/// read on have theirs; the error, if that is not all of them.
+pub(crate) fn persist(locked: &mut Stream<'_>, ctx: &Ctx) -> (usize, Result) {
+    let start = locked.copied_seq();
+    let end = locked.queue_end();
+    let own = ctx.own(locked);
+    // Others are behind, or of an earlier connection.
+    let in_queue = |at: &u32| at.wrapping_sub(start) <= end.wrapping_sub(start);
+    let mut at = own.logged.filter(in_queue).unwrap_or(start);
+    let mut result = Ok(());
+    while at != end && result.is_ok() {
+        let done;
+        (done, result) = batch(locked, ctx, at);
+        at = at.wrapping_add(done);
+        if done == 0 {
+            break;
+        }
+    }
+    ctx.own(locked).logged = Some(at);
+    (at.wrapping_sub(start) as usize, result)
+}
+
+/// Makes some records, from sequence number `from` on; how many bytes they are of.
+fn batch(locked: &mut Stream<'_>, ctx: &Ctx, from: u32) -> (u32, Result) {
+    let Some(store) = ctx.own(locked).store.clone() else {
+        return (0, Err(EIO));
+    };
+    let _inside = match store.enter() {
+        Ok(inside) => inside,
+        Err(e) => return (0, Err(e)),
+    };
+    let mut log = Log::new(&store, &locked.flow(), ctx.crc32c(&store));
+    // Taken out while the lock is lent to the queue, and put back under the same lock.
+    let mut own = ctx.take_own(locked);
+    let mut source = Source {
+        ctx,
+        store: &store,
+        cursor: &mut own.cursor,
+    };
+    let looked = locked.look(from, &mut |skb: &Queued<'_>, off, len| {
+        let mut done = 0;
+        while done < len {
+            if log.is_full() {
+                return Ok(false);
+            }
+            let held = source.hold(skb, off + done, len - done)?;
+            done += u32::from(held.note.len);
+            log.add(held)?;
+        }
+        Ok(true)
+    });
+    ctx.put_own(locked, own);
+    let (done, committed) = log.commit();
+    ctx.counters.logged_bytes.add(u64::from(done));
+    store.counters.logged_bytes.add(u64::from(done));
+    (done, committed.and(looked))
+}
+
+/// `recvmsg()` in bytes of a socket with auto-persist; `base` is TCP's own.
+///
+/// # Safety
+///
+/// As `proto.recvmsg` is called.
+pub(crate) unsafe fn recvmsg(
+    sk: NonNull<ext::sock>,
+    msg: NonNull<bindings::msghdr>,
+    len: usize,
+    flags: c_int,
+    base: Recv,
+) -> Result<usize> {
+    const DONTWAIT: c_int = bindings::MSG_DONTWAIT as c_int;
+    let flag = |flag: u32| flags & flag as c_int != 0;
+    // SAFETY: As we were called.
+    let call = |len: usize, flags: c_int| unsafe {
+        match base(sk.as_ptr(), msg.as_ptr(), len, flags) {
+            n if n < 0 => Err(Error::from_errno(n)),
+            n => Ok(n as usize),
+        }
+    };
+    if flag(bindings::MSG_ERRQUEUE) || len == 0 {
+        return call(len, flags);
+    }
+    // SAFETY: `msg` is valid, and lent to `call` alone.
+    let mut control = unsafe { Control::new(msg) };
+    let start = control.mark();
+    let peek = flag(bindings::MSG_PEEK);
+    let mut timeout = None;
+    let mut done = 0usize;
+    // SAFETY: As we were called.
+    unsafe { ext::pmskb_sk_busy_loop(sk.as_ptr(), flag(bindings::MSG_DONTWAIT)) };
+    loop {
+        // SAFETY: Its file is open.
+        let ctx = unsafe { Ctx::of(sk.as_ptr()) }.ok_or(EIO)?;
+        let turn = ctx.turn.lock();
+        // SAFETY: A TCP socket whose file is open; this thread has not locked it.
+        let mut locked = unsafe { Stream::new(sk) };
+        if locked.in_repair() {
+            return Err(EPERM);
+        }
+        let (ready, result) = persist(&mut locked, ctx);
+        if flag(bindings::MSG_OOB) {
+            // The byte is in the queue, too.
+            result?;
+            drop(locked);
+            return call(len, flags);
+        }
+        let target = match flag(bindings::MSG_WAITALL) {
+            true => len,
+            false => locked.low_water().min(len),
+        };
+        let left = timeout.get_or_insert_with(|| locked.timeout(flag(bindings::MSG_DONTWAIT)));
+        let before = locked.copied_seq();
+        let over = ended(&mut locked, *left, result.is_err());
+        if ready > 0 && (!peek || ready >= target || over) {
+            let want = ready.min(len - done);
+            drop(locked);
+            // The last one's are those that count.
+            control.rewind(start);
+            match call(want, flags | DONTWAIT) {
+                Ok(n) if peek => return Ok(n),
+                Ok(n) => {
+                    done += n;
+                    // Less: it ended at urgent data, or at the end of the user's memory.
+                    if done >= target || n < want {
+                        return Ok(done);
+                    }
+                    continue;
+                }
+                Err(_) if done > 0 => return Ok(done),
+                // An urgent byte was passed over, and nothing else was there.
+                Err(e) if e == EAGAIN => {
+                    // SAFETY: As above.
+                    locked = unsafe { Stream::new(sk) };
+                    if locked.copied_seq() == before {
+                        return Err(e);
+                    }
+                    continue;
+                }
+                Err(e) => return Err(e),
+            }
+        }
+        if done > 0 && over {
+            return Ok(done);
+        }
+        if ready == 0 {
+            result?;
+        }
+        if done == 0 {
+            if locked.listens() {
+                return Err(errno(bindings::ENOTCONN));
+            }
+            if let Some(end) = locked.ended() {
+                return end;
+            }
+            if *left == 0 {
+                return Err(EAGAIN);
+            }
+            if let Some(e) = sock::interrupted(*left) {
+                return Err(e);
+            }
+        }
+        // Not while others wait for their turn.
+        drop(turn);
+        match locked.wait(left) {
+            Ok(()) => {}
+            Err(_) if done > 0 => return Ok(done),
+            Err(e) => return Err(e),
+        }
+    }
+}
+
+/// There is no use in waiting for more.
+fn ended(locked: &mut Stream<'_>, timeout: c_long, failed: bool) -> bool {
+    failed
+        || timeout == 0
+        || locked.has_error()
+        || locked.is_closed()
+        || locked.stopped()
+        || sock::interrupted(timeout).is_some()
+}
+
+/// `splice()` from a socket with auto-persist: persists, and has `call` give out at most so many
+/// bytes, without waiting. Waits for the first one before, unless `noblock`.
+///
+/// # Safety
+///
+/// `sk` is a TCP socket of ours whose file is open, and that this thread has not locked.
+pub(crate) unsafe fn splice(
+    sk: NonNull<ext::sock>,
+    len: usize,
+    noblock: bool,
+    call: impl Fn(usize) -> isize,
+) -> Result<isize> {
+    let mut timeout = None;
+    loop {
+        // SAFETY: Its file is open.
+        let ctx = unsafe { Ctx::of(sk.as_ptr()) }.ok_or(EIO)?;
+        let turn = ctx.turn.lock();
+        // SAFETY: As the caller says.
+        let mut locked = unsafe { Stream::new(sk) };
+        let (ready, result) = persist(&mut locked, ctx);
+        if ready > 0 {
+            if locked.at_urgent() {
+                // TCP's own would wait here, with everybody else waiting for their turn.
+                return Err(EAGAIN);
+            }
+            drop(locked);
+            return Ok(call(ready.min(len)));
+        }
+        result?;
+        if let Some(end) = locked.ended() {
+            return end.map(|_| 0);
+        }
+        let left = timeout.get_or_insert_with(|| locked.timeout(noblock));
+        if *left == 0 {
+            return Err(EAGAIN);
+        }
+        if let Some(e) = sock::interrupted(*left) {
+            return Err(e);
+        }
+        drop(turn);
+        locked.wait(left)?;
+    }
+}
+
+/// Persists what is left, before the socket is closed or disconnected.
+pub(crate) fn finish(locked: &mut Stream<'_>, ctx: &Ctx) {
+    if ctx.auto() {
+        // Who closes a socket gives up what is in it.
+        let _ = persist(locked, ctx);
+    }
+}
+
+/// A packet for a socket with auto-persist has come, and goes to TCP next. Softirq, under RCU.
+pub(crate) fn arrived(ctx: &Ctx) {
+    if attach::wait(ctx) {
+        // SAFETY: Started at module init; a socket is attached, so the module stays.
+        unsafe { ext::pmskb_auto_queue(DELAY) };
+    }
+}
+
+/// The work item.
+#[no_mangle]
+extern "C" fn pmskb_auto_run() {
+    let mut failed = false;
+    // Those that are put back are for the next time.
+    for _ in 0..attach::waiting() {
+        let Some(sk) = attach::next_waiting() else {
+            break;
+        };
+        // One that nobody has accepted is its listener's, who may close it whoever has it locked.
+        // SAFETY: We have a reference.
+        if unsafe { ext::pmskb_sk_has_socket(sk.as_ptr()) } {
+            // SAFETY: We have a reference; it is a TCP socket.
+            let mut locked = unsafe { Stream::new(sk) };
+            if let Some(ctx) = locked.ctx().filter(|ctx| ctx.auto()) {
+                if persist(&mut locked, ctx).1.is_err() {
+                    failed = true;
+                    attach::wait(ctx);
+                }
+            }
+        } else {
+            let _rcu = rcu::read_lock();
+            // SAFETY: We have a reference, and RCU is held.
+            if let Some(ctx) = unsafe { Ctx::of(sk.as_ptr()) } {
+                attach::wait(ctx);
+            }
+        }
+        // SAFETY: `next_waiting` gave us the reference.
+        unsafe { ext::sock_gen_put(sk.as_ptr()) };
+        crate::host::resched();
+    }
+    if attach::waiting() > 0 {
+        // SAFETY: As in `arrived`.
+        unsafe { ext::pmskb_auto_queue(if failed { RETRY } else { DELAY }) };
+    }
+}
+
+/// The work item may be queued while this lives.
+pub(crate) struct Started(());
+
+impl Started {
+    /// At module init, once.
+    pub(crate) fn new() -> Self {
+        Self(())
+    }
+}
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        // SAFETY: No socket is attached, or the module could not go: nobody queues it.
+        unsafe { ext::pmskb_auto_stop() };
+    }
+}
