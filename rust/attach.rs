@@ -115,6 +115,9 @@ pub(crate) struct Ctx {
     pub(crate) turn: Mutex<()>,
     /// `PMSKB_AUTO_PERSIST`.
     auto: Atomic<u32>,
+    /// When the last packet came, and before when the work item need not look: jiffies.
+    pub(crate) came: Atomic<usize>,
+    pub(crate) not_before: Atomic<usize>,
     mode: Atomic<u32>,
     /// `PMSKB_CRC32C`.
     crc32c: Atomic<u32>,
@@ -165,6 +168,8 @@ impl Ctx {
                 own: UnsafeCell::new(own),
                 turn <- new_mutex!((), "pmskb_turn"),
                 auto: Atomic::new(0),
+                came: Atomic::new(0),
+                not_before: Atomic::new(crate::host::jiffies()),
                 mode: Atomic::new(ext::pmskb_rx_mode_PMSKB_RX_BYTES),
                 crc32c: Atomic::new(0),
                 tokens: Atomic::new(0),
@@ -762,17 +767,23 @@ pub(crate) unsafe fn set_option(
             if on > 1 {
                 return Err(EINVAL);
             }
+            if on == 0 {
+                // Whatever became of its store.
+                // SAFETY: As the caller says.
+                let locked = unsafe { Locked::new(sk) };
+                let ctx = locked.ctx().ok_or(errno(bindings::EUNATCH))?;
+                ctx.auto.store(0, Relaxed);
+                return Ok(0);
+            }
             // SAFETY: As the caller says.
             let mut attached = unsafe { attached(sk)? };
             if attached.transport() != Transport::Tcp {
                 return Err(errno(bindings::EOPNOTSUPP));
             }
-            if on != 0 {
-                // SAFETY: It is a TCP socket of ours, locked, and its file is open.
-                unsafe { ulp::guard(sk) }?;
-            }
+            // SAFETY: It is a TCP socket of ours, locked, and its file is open.
+            unsafe { ulp::guard(sk) }?;
             let ctx = attached.ctx;
-            if ctx.auto.xchg(on, Relaxed) != on && on != 0 {
+            if ctx.auto.xchg(1, Relaxed) == 0 {
                 // What is there already counts, too.
                 let own = ctx.own(&mut attached.locked);
                 own.logged = None;

@@ -10,8 +10,10 @@
 //!
 //! - Reading calls take turns (`Ctx::turn`): what TCP's code gives out after ours has let go of the
 //!   socket's lock must be what ours has persisted.
-//! - For a socket that nobody reads there is a work item: the hook that placed a packet puts the
-//!   socket on a list ([`attach::wait`]), and 10 ms later what came is persisted.
+//! - For a socket that nobody reads there is a work item: the hook that sees a packet puts the
+//!   socket on a list ([`attach::wait`]), and 10 ms later what came is persisted. A packet may still
+//!   be on its way from the hook to the queue then, so a socket stays on the list for two ticks.
+//!   One that somebody has locked, for as long as he likes, is passed over.
 //! - `close()` and a disconnect persist what is left.
 //! - If a record cannot be made, the receive fails with that errno (`ENOSPC`, `ENOBUFS`, `ENOMEM`),
 //!   nothing is given out or lost, the window closes, and the work item tries again each second.
@@ -22,6 +24,7 @@ use crate::{
     attach::{self, Ctx},
     bindings as ext,
     descriptor::{Control, Source},
+    host,
     skb::Queued,
     sock::{self, errno, Stream},
     submit::Log,
@@ -31,13 +34,17 @@ use kernel::{
     bindings,
     ffi::{c_int, c_long},
     prelude::*,
-    sync::rcu,
+    sync::{atomic::Relaxed, rcu},
 };
 
 /// From a packet's arrival to its record, if nobody reads: ms.
 const DELAY: u32 = 10;
 /// Until the next try, after one that failed: ms.
 const RETRY: u32 = 1000;
+/// Until the next look at a connection that nobody has accepted: ms.
+const UNACCEPTED: u32 = 100;
+/// Ticks that a packet may need from the hook to the receive queue.
+const ON_ITS_WAY: usize = 2;
 
 /// `proto.recvmsg`.
 pub(crate) type Recv =
@@ -83,11 +90,12 @@ fn batch(locked: &mut Stream<'_>, ctx: &Ctx, from: u32) -> (u32, Result) {
         cursor: &mut own.cursor,
     };
     let looked = locked.look(from, &mut |skb: &Queued<'_>, off, len| {
+        // Between packets.
+        if log.is_full() {
+            return Ok(false);
+        }
         let mut done = 0;
         while done < len {
-            if log.is_full() {
-                return Ok(false);
-            }
             let held = source.hold(skb, off + done, len - done)?;
             done += u32::from(held.note.len);
             log.add(held)?;
@@ -142,19 +150,35 @@ pub(crate) unsafe fn recvmsg(
         if locked.in_repair() {
             return Err(EPERM);
         }
-        let (ready, result) = persist(&mut locked, ctx);
+        let (mut ready, result) = persist(&mut locked, ctx);
         if flag(bindings::MSG_OOB) {
-            // The byte is in the queue, too.
-            result?;
+            // TCP knows it before the packet is accepted.
+            if locked.urgent_is_beyond(ready) {
+                result?;
+                return Err(EAGAIN);
+            }
             drop(locked);
             return call(len, flags);
+        }
+        if ready > 0 && locked.passes_urgent() {
+            if done > 0 {
+                return Ok(done);
+            }
+            if !peek {
+                locked.skip(1);
+                locked.urgent_passed();
+                continue;
+            }
+            ready -= 1;
+        }
+        if peek {
+            ready = ready.saturating_sub(locked.peek_offset());
         }
         let target = match flag(bindings::MSG_WAITALL) {
             true => len,
             false => locked.low_water().min(len),
         };
         let left = timeout.get_or_insert_with(|| locked.timeout(flag(bindings::MSG_DONTWAIT)));
-        let before = locked.copied_seq();
         let over = ended(&mut locked, *left, result.is_err());
         if ready > 0 && (!peek || ready >= target || over) {
             let want = ready.min(len - done);
@@ -172,15 +196,6 @@ pub(crate) unsafe fn recvmsg(
                     continue;
                 }
                 Err(_) if done > 0 => return Ok(done),
-                // An urgent byte was passed over, and nothing else was there.
-                Err(e) if e == EAGAIN => {
-                    // SAFETY: As above.
-                    locked = unsafe { Stream::new(sk) };
-                    if locked.copied_seq() == before {
-                        return Err(e);
-                    }
-                    continue;
-                }
                 Err(e) => return Err(e),
             }
         }
@@ -243,12 +258,11 @@ pub(crate) unsafe fn splice(
         let turn = ctx.turn.lock();
         // SAFETY: As the caller says.
         let mut locked = unsafe { Stream::new(sk) };
+        if locked.listens() {
+            return Err(errno(bindings::ENOTCONN));
+        }
         let (ready, result) = persist(&mut locked, ctx);
         if ready > 0 {
-            if locked.at_urgent() {
-                // TCP's own would wait here, with everybody else waiting for their turn.
-                return Err(EAGAIN);
-            }
             drop(locked);
             return Ok(call(ready.min(len)));
         }
@@ -278,33 +292,67 @@ pub(crate) fn finish(locked: &mut Stream<'_>, ctx: &Ctx) {
 
 /// A packet for a socket with auto-persist has come, and goes to TCP next. Softirq, under RCU.
 pub(crate) fn arrived(ctx: &Ctx) {
+    ctx.came.store(host::jiffies(), Relaxed);
     if attach::wait(ctx) {
-        // SAFETY: Started at module init; a socket is attached, so the module stays.
+        // SAFETY: A socket is attached, so the module stays.
         unsafe { ext::pmskb_auto_queue(DELAY) };
     }
+}
+
+/// Not before so many milliseconds have passed.
+fn put_off(ctx: &Ctx, ms: u32) {
+    let then = host::jiffies().wrapping_add(host::ticks(ms));
+    ctx.not_before.store(then, Relaxed);
+}
+
+/// What the work item does for one socket; whether it is to come back to it.
+///
+/// # Safety
+///
+/// The caller has a reference of `sk`, a TCP socket.
+unsafe fn look_after(sk: NonNull<ext::sock>) -> bool {
+    {
+        let _rcu = rcu::read_lock();
+        // SAFETY: As the caller says, and RCU is held.
+        let Some(ctx) = (unsafe { Ctx::of(sk.as_ptr()) }) else {
+            return false;
+        };
+        let early = ctx.not_before.load(Relaxed).wrapping_sub(host::jiffies()) as isize;
+        if early > 0 {
+            return true;
+        }
+        // One that nobody has accepted is its listener's, who may close it whoever has it locked.
+        // SAFETY: As the caller says.
+        if !unsafe { ext::pmskb_sk_has_socket(sk.as_ptr()) } {
+            put_off(ctx, UNACCEPTED);
+            return true;
+        }
+    }
+    // SAFETY: As the caller says.
+    let Some(mut locked) = (unsafe { Stream::try_new(sk) }) else {
+        return true;
+    };
+    let Some(ctx) = locked.ctx().filter(|ctx| ctx.auto()) else {
+        return false;
+    };
+    if persist(&mut locked, ctx).1.is_err() {
+        put_off(ctx, RETRY);
+        return true;
+    }
+    host::jiffies().wrapping_sub(ctx.came.load(Relaxed)) <= ON_ITS_WAY
 }
 
 /// The work item.
 #[no_mangle]
 extern "C" fn pmskb_auto_run() {
-    let mut failed = false;
     // Those that are put back are for the next time.
     for _ in 0..attach::waiting() {
         let Some(sk) = attach::next_waiting() else {
             break;
         };
-        // One that nobody has accepted is its listener's, who may close it whoever has it locked.
-        // SAFETY: We have a reference.
-        if unsafe { ext::pmskb_sk_has_socket(sk.as_ptr()) } {
-            // SAFETY: We have a reference; it is a TCP socket.
-            let mut locked = unsafe { Stream::new(sk) };
-            if let Some(ctx) = locked.ctx().filter(|ctx| ctx.auto()) {
-                if persist(&mut locked, ctx).1.is_err() {
-                    failed = true;
-                    attach::wait(ctx);
-                }
-            }
-        } else {
+        // SAFETY: `next_waiting` gave us a reference; what waits is TCP's.
+        let again = unsafe { look_after(sk) };
+        if again {
             let _rcu = rcu::read_lock();
             // SAFETY: We have a reference, and RCU is held.
             if let Some(ctx) = unsafe { Ctx::of(sk.as_ptr()) } {
@@ -313,11 +361,11 @@ extern "C" fn pmskb_auto_run() {
         }
         // SAFETY: `next_waiting` gave us the reference.
         unsafe { ext::sock_gen_put(sk.as_ptr()) };
-        crate::host::resched();
+        host::resched();
     }
     if attach::waiting() > 0 {
         // SAFETY: As in `arrived`.
-        unsafe { ext::pmskb_auto_queue(if failed { RETRY } else { DELAY }) };
+        unsafe { ext::pmskb_auto_queue(DELAY) };
     }
 }
 

@@ -610,6 +610,43 @@ void pmskb_sk_busy_loop(struct sock *sk, bool nonblock)
 		sk_busy_loop(sk, nonblock);
 }
 
+/* As lock_sock(), unless it is locked. */
+bool pmskb_trylock_sock(struct sock *sk)
+{
+	bool got;
+
+	spin_lock_bh(&sk->sk_lock.slock);
+	got = !sock_owned_by_user_nocheck(sk);
+	if (got)
+		sk->sk_lock.owned = 1;
+	spin_unlock_bh(&sk->sk_lock.slock);
+	if (got)
+		mutex_acquire(&sk->sk_lock.dep_map, 0, 1, _RET_IP_);
+	return got;
+}
+
+int pmskb_sk_peek_off(const struct sock *sk)
+{
+	return READ_ONCE(sk->sk_peek_off);
+}
+
+bool pmskb_tcp_urg_beyond(const struct sock *sk, u32 end)
+{
+	const struct tcp_sock *tp = tcp_sk(sk);
+
+	return tp->urg_data && !before(tp->urg_seq, end);
+}
+
+unsigned long pmskb_jiffies(void)
+{
+	return jiffies;
+}
+
+unsigned long pmskb_ms(unsigned int ms)
+{
+	return msecs_to_jiffies(ms);
+}
+
 /* It has not, as long as nobody has accepted it. */
 bool pmskb_sk_has_socket(const struct sock *sk)
 {

@@ -24,6 +24,18 @@ pub(crate) fn resched() {
     unsafe { ext::pmskb_resched() };
 }
 
+/// Ticks of the kernel's clock. Any context.
+pub(crate) fn jiffies() -> usize {
+    // SAFETY: No requirements.
+    unsafe { ext::pmskb_jiffies() as usize }
+}
+
+/// So many milliseconds in ticks, at least. Any context.
+pub(crate) fn ticks(ms: u32) -> usize {
+    // SAFETY: No requirements.
+    unsafe { ext::pmskb_ms(ms) as usize }
+}
+
 /// Whether the task has a signal to handle. Process context.
 pub(crate) fn signal_pending() -> bool {
     // SAFETY: No requirements.

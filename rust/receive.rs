@@ -36,7 +36,8 @@ fn pass(
         if ready == 0 {
             result?;
         }
-        limit = limit.min(ready);
+        // An urgent byte that is passed over is one of them.
+        limit = limit.min(ready.saturating_sub(usize::from(locked.passes_urgent())));
         if limit == 0 {
             return Ok((0, End::Drained));
         }
@@ -99,9 +100,11 @@ pub(crate) unsafe fn recvmsg(
     }
     // SAFETY: As the caller says.
     unsafe { ext::pmskb_sk_busy_loop(sk.as_ptr(), flags & bindings::MSG_DONTWAIT != 0) };
+    // SAFETY: As the caller says; its file is open.
+    let ctx = unsafe { Ctx::of(sk.as_ptr()) }.ok_or(EIO)?;
+    let mut turn = ctx.auto().then(|| ctx.turn.lock());
     // SAFETY: As the caller says.
     let mut locked = unsafe { Stream::new(sk) };
-    let ctx = locked.ctx().ok_or(EIO)?;
     if locked.listens() {
         return Err(errno(bindings::ENOTCONN));
     }
@@ -162,10 +165,18 @@ pub(crate) unsafe fn recvmsg(
                 return Err(e);
             }
         }
+        // Not while others wait for their turn.
+        drop(turn.take());
         match locked.wait(&mut timeout) {
             Ok(()) => {}
             Err(_) if done > 0 => return Ok(done),
             Err(e) => return Err(e),
+        }
+        if ctx.auto() {
+            drop(locked);
+            turn = Some(ctx.turn.lock());
+            // SAFETY: As the caller says.
+            locked = unsafe { Stream::new(sk) };
         }
     }
 }

@@ -354,6 +354,24 @@ impl Stream<'_> {
         Self(unsafe { Locked::new(sk) })
     }
 
+    /// Locks a socket, unless somebody else has it locked.
+    ///
+    /// # Safety
+    ///
+    /// `sk` is a valid TCP socket for `'a`.
+    pub(crate) unsafe fn try_new(sk: NonNull<ext::sock>) -> Option<Self> {
+        // SAFETY: As the caller says.
+        if !unsafe { ext::pmskb_trylock_sock(sk.as_ptr()) } {
+            return None;
+        }
+        // INVARIANT: Locked just now; as the caller says.
+        Some(Self(Locked {
+            sk,
+            _sk: PhantomData,
+            _thread: NotThreadSafe,
+        }))
+    }
+
     /// One that is locked already; it stays so.
     ///
     /// # Safety
@@ -402,6 +420,25 @@ impl Stream<'_> {
     pub(crate) fn at_urgent(&self) -> bool {
         // SAFETY: By the type invariants.
         unsafe { ext::pmskb_tcp_at_urg(self.0.sk.as_ptr()) }
+    }
+
+    /// The next byte is the urgent one, and not to be received in line.
+    pub(crate) fn passes_urgent(&self) -> bool {
+        self.at_urgent() && !self.urgent_in_line()
+    }
+
+    /// Where a look begins, from the next byte on (`SO_PEEK_OFF`).
+    pub(crate) fn peek_offset(&self) -> usize {
+        // SAFETY: By the type invariants.
+        let off = unsafe { ext::pmskb_sk_peek_off(self.0.sk.as_ptr()) };
+        off.max(0) as usize
+    }
+
+    /// There is an urgent byte, and it is not one of the next `count` bytes.
+    pub(crate) fn urgent_is_beyond(&self, count: usize) -> bool {
+        let end = self.copied_seq().wrapping_add(count as u32);
+        // SAFETY: By the type invariants.
+        unsafe { ext::pmskb_tcp_urg_beyond(self.0.sk.as_ptr(), end) }
     }
 
     /// Urgent data is to be received in line.
@@ -539,15 +576,16 @@ impl Stream<'_> {
         }
     }
 
-    /// Shows what is in the receive queue from sequence number `from` on to `look`, and leaves it
-    /// there: a packet, an offset in it, how many bytes from there; whether to go on, or an error,
-    /// which is the answer then.
+    /// Shows what is in the receive queue from sequence number `from` on to `look`, each byte once,
+    /// and leaves it there: a packet, an offset in it, how many bytes from there; whether to go on,
+    /// or an error, which is the answer then.
     pub(crate) fn look(
         &self,
         from: u32,
         look: &mut dyn FnMut(&Queued<'_>, u32, u32) -> Result<bool>,
     ) -> Result {
         let mut skb = core::ptr::null_mut();
+        let mut at = from;
         loop {
             // SAFETY: By the type invariants; `skb` is null or in the queue, which nothing changes
             // meanwhile.
@@ -556,9 +594,13 @@ impl Stream<'_> {
             let Some(queued) = (unsafe { Queued::new(skb) }) else {
                 return Ok(());
             };
-            let off = (from.wrapping_sub(queued.seq()) as i32).max(0) as u32;
-            if off < queued.len() && !look(&queued, off, queued.len() - off)? {
-                return Ok(());
+            // One may begin with bytes that the one before has, too.
+            let off = (at.wrapping_sub(queued.seq()) as i32).max(0) as u32;
+            if off < queued.len() {
+                if !look(&queued, off, queued.len() - off)? {
+                    return Ok(());
+                }
+                at = queued.seq().wrapping_add(queued.len());
             }
         }
     }

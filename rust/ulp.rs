@@ -204,7 +204,13 @@ unsafe extern "C" fn ulp_clone(
             .filter(|_| counted && family.is_some())
             .and_then(|parent| parent.child(sk).ok())
         {
-            Some(ctx) => ext::pmskb_ulp_data_set(newsk, ctx.cast()),
+            Some(ctx) => {
+                ext::pmskb_ulp_data_set(newsk, ctx.cast());
+                // The packet that makes the connection may bring data.
+                if let Some(ctx) = ctx.as_ref().filter(|ctx| ctx.auto()) {
+                    auto::arrived(ctx);
+                }
+            }
             None => {
                 // No memory, or the listener is being closed: a plain TCP socket.
                 ext::pmskb_ulp_forget(newsk, plain);
@@ -288,6 +294,8 @@ unsafe extern "C" fn proto_disconnect<const FAMILY: usize>(
             let mut lent = Stream::lent(raw);
             if let Some(ctx) = lent.ctx() {
                 auto::finish(&mut lent, ctx);
+                // The next connection has sequence numbers of its own.
+                ctx.own(&mut lent).logged = None;
             }
         }
         match (*base(FAMILY)).disconnect {
