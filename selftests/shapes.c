@@ -602,6 +602,30 @@ static void finish(struct __test_metadata *_metadata, struct peer *p, uint32_t a
 	look(p);
 }
 
+/* All that is held becomes one object: its sum is put together of those of the packets. */
+static void put(struct __test_metadata *_metadata, struct peer *p)
+{
+	struct pmskb_ext *e = malloc(p->held * sizeof(*e));
+	struct pmskb_op op = op_put("shape", 5, e, p->held);
+	struct pmskb_result res;
+	uint8_t *bytes = malloc(MAX_STREAM);
+	size_t len = 0;
+	unsigned int k;
+
+	exts_of(e, p->d, p->held);
+	for (k = 0; k < p->held; k++) {
+		memcpy(bytes + len, p->store->map + p->d[k].offset, p->d[k].len);
+		len += p->d[k].len;
+	}
+	op.flags = PMSKB_OP_KEEP;
+	EXPECT_LT(0, persist_one(p->s, &op, &res)) TH_LOG("%s", strerror(-res.res));
+	EXPECT_EQ(rfc1071(bytes, len), res.csum) TH_LOG("of %u parts, kind %u", p->held, res.csum_kind);
+	op = op_delete("shape", 5);
+	EXPECT_LT(0, persist_one(p->s, &op, &res));
+	free(bytes);
+	free(e);
+}
+
 static void peer_close(struct __test_metadata *_metadata, struct peer *p)
 {
 	struct pmskb_sock_info info;
@@ -615,6 +639,8 @@ static void peer_close(struct __test_metadata *_metadata, struct peer *p)
 				    !memcmp(p->store->map + p->d[k].offset, p->got + p->at[k], p->d[k].len))
 				TH_LOG("%s: descriptor %u has other bytes now", p->name, k);
 		}
+		if (p->held)
+			put(_metadata, p);
 		/* Some go now, the others with the socket. */
 		EXPECT_EQ(0, desc_release_all(p->s, p->d, p->held / 2));
 	}
