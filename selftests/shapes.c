@@ -1328,6 +1328,7 @@ SHAPE(options_of_any_size)
 	int len;
 
 	establish(_metadata, p);
+	/* Up to where one of them ends. */
 	for (len = 0; len <= 40; len += len == 32 ? 8 : 4) {
 		segment(_metadata, p, (struct seg){ .at = at, .len = 41, .opt = odd, .opt_len = len });
 		answers(_metadata, p);
@@ -1468,9 +1469,9 @@ SHAPE(zero_window)
 			at += n;
 			continue;
 		}
-		/* What was sent already, and one byte more than there is room for: TCP answers. */
+		/* After what was sent already, so that nothing else is to be answered, one byte more. */
+		answers(_metadata, p);
 		replies = p->replies;
-		other(_metadata, p, at - 1, 1);
 		data(_metadata, p, at, 1);
 		EXPECT_TRUE(hear(p, replies + 1)) TH_LOG("%s: a probe without an answer", p->name);
 		at = p->acked;
