@@ -1201,7 +1201,7 @@ SHAPE(reset_before_accept)
 	receive_all(_metadata, p);
 }
 
-/* With the last segment's data lost, and the listener overrun by nothing: what is never taken. */
+/* What nobody accepts goes with the listener, with data behind a hole, too. */
 SHAPE(never_accepted)
 {
 	serve(_metadata, p, 0);
