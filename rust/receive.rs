@@ -69,6 +69,11 @@ fn pass(
     if matches!(result, Ok(0)) && locked.at_urgent() {
         if locked.urgent_in_line() {
             result = locked.read_one(&mut actor);
+            if let Ok(1) = result {
+                // And what follows it, as `recv()` does.
+                locked.urgent_passed();
+                result = Ok(1 + locked.read(&mut actor).unwrap_or(0));
+            }
         } else {
             // The byte is got with MSG_OOB, and is no part of the stream.
             locked.skip(1);

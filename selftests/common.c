@@ -289,6 +289,28 @@ int store_drained(const struct store *s, struct pmskb_store_info *info)
 	return -ETIMEDOUT;
 }
 
+const char *counters_since(const struct pmskb_counters *now, const struct pmskb_counters *was)
+{
+	static const char *const why[] = { "no_frame", "no_head", "no_mem", "shape", "size", "copy" };
+	static char text[256];
+	int n, k;
+
+	n = snprintf(text, sizeof(text), "placed %llu, %llu bytes; unplaced",
+		     now->placed - was->placed, now->placed_bytes - was->placed_bytes);
+	for (k = 0; k < PMSKB_UNPLACED_NR; k++) {
+		if (now->unplaced[k] == was->unplaced[k])
+			continue;
+		n += snprintf(text + n, sizeof(text) - n, " %s=%llu",
+			      k < (int)ARRAY_LEN(why) ? why[k] : "?", now->unplaced[k] - was->unplaced[k]);
+	}
+	if (!memcmp(now->unplaced, was->unplaced, sizeof(now->unplaced)))
+		n += snprintf(text + n, sizeof(text) - n, " none");
+	if (now->copied_bytes != was->copied_bytes)
+		snprintf(text + n, sizeof(text) - n, "; copied %llu bytes",
+			 now->copied_bytes - was->copied_bytes);
+	return text;
+}
+
 const char *info_wrong(const struct pmskb_store_info *info, uint64_t key_bytes, bool shared)
 {
 	static char why[200];

@@ -91,6 +91,9 @@ int store_scarce(const struct store *s, uint64_t left, int *fds, int nr);
 /* Waits until nothing is left of sockets but records. */
 int store_drained(const struct store *s, struct pmskb_store_info *info);
 
+/* What was placed and what was not, and why, since `was`: a static text. */
+const char *counters_since(const struct pmskb_counters *now, const struct pmskb_counters *was);
+
 /* What does not add up in info, or NULL. Without `shared`, no record has bytes of another. */
 const char *info_wrong(const struct pmskb_store_info *info, uint64_t key_bytes, bool shared);
 
