@@ -634,7 +634,8 @@ bool pmskb_tcp_urg_beyond(const struct sock *sk, u32 end)
 {
 	const struct tcp_sock *tp = tcp_sk(sk);
 
-	return tp->urg_data && !before(tp->urg_seq, end);
+	return tp->urg_data && tp->urg_data != TCP_URG_READ && !sock_flag(sk, SOCK_URGINLINE) &&
+	       !before(tp->urg_seq, end);
 }
 
 unsigned long pmskb_jiffies(void)

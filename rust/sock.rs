@@ -434,7 +434,8 @@ impl Stream<'_> {
         off.max(0) as usize
     }
 
-    /// There is an urgent byte, and it is not one of the next `count` bytes.
+    /// There is an urgent byte that is not to be received in line, and is not one of the next `count`
+    /// bytes.
     pub(crate) fn urgent_is_beyond(&self, count: usize) -> bool {
         let end = self.copied_seq().wrapping_add(count as u32);
         // SAFETY: By the type invariants.
