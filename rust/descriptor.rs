@@ -174,6 +174,11 @@ impl Pass<'_> {
                     self.limit -= n as usize;
                 }
                 Err(e) => {
+                    if e == errno(bindings::EDQUOT) {
+                        for counters in [&self.ctx.counters, &self.store.counters] {
+                            counters.refused.add(1);
+                        }
+                    }
                     self.end = End::Error(e);
                     break;
                 }
@@ -184,6 +189,10 @@ impl Pass<'_> {
 
     /// One descriptor, for up to `len` bytes from `off`; there is room for it.
     fn one(&mut self, skb: &Queued<'_>, off: u32, len: u32) -> Result<u32> {
+        // Before anything is copied.
+        if self.tokens.count() >= self.ctx.max_tokens(self.store) as usize {
+            return Err(errno(bindings::EDQUOT));
+        }
         // Datagrams have none; what tells them apart is nobody else's business.
         let seq = match skb.is_datagram() {
             true => 0,
@@ -275,7 +284,11 @@ impl Pass<'_> {
         }))
     }
 
-    /// Copies bytes from `off` into a frame; with a hold. `ENOBUFS` if there is none.
+    /// Copies bytes from `off` into a frame; with a hold. `EDQUOT` if the socket may not have
+    /// another one, `ENOBUFS` if there is none.
+    ///
+    /// With a quota full of what comes later in the queue, a socket could never get there. So one
+    /// that holds nothing that it could release may go over it.
     fn copy(&mut self, skb: &Queued<'_>, off: u32, len: u32) -> Result<Held> {
         let area = self.store.frames();
         let facts = skb.facts();
@@ -296,10 +309,12 @@ impl Pass<'_> {
         if facts.readable == 0 {
             return Err(EFAULT);
         }
+        let made = self.made.as_ref().map_or(0, |made| made.count);
+        let over = self.tokens.count() == made;
         let mut room = self
             .cursor
-            .reserve(area, n)
-            .map_err(|_| errno(bindings::ENOBUFS))?;
+            .reserve(area, n, over)
+            .map_err(|why| why.errno())?;
         let mut sum = 0;
         let filled = room.fill(area, |at, bytes| {
             let run = skb.copy_and_sum(off + at, bytes)?;

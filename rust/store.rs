@@ -108,6 +108,7 @@ pub(crate) struct Counters {
     pub(crate) computed: Count,
     pub(crate) computed_bytes: Count,
     pub(crate) mismatch: Count,
+    pub(crate) refused: Count,
 }
 
 /// A number that only grows, relaxed.
@@ -151,6 +152,7 @@ impl Counters {
             computed: self.computed.get(),
             computed_bytes: self.computed_bytes.get(),
             mismatch: self.mismatch.get(),
+            refused: self.refused.get(),
             ..Default::default()
         };
         for (to, from) in out.unplaced.iter_mut().zip(&self.unplaced) {
@@ -406,6 +408,7 @@ impl Store {
         let used = stats.record_frames + stats.list_frames + stats.index_frames;
         let used = used + u64::from(counts.payload);
         let geo = &self.geometry;
+        let limits = &self.frames.limits;
         let mut label = [0; 32];
         label.copy_from_slice(&self.label);
         Ok(ext::pmskb_store_info {
@@ -453,6 +456,10 @@ impl Store {
             fences,
             submits: self.submits.get(),
             counters: self.counters.get(),
+            frames_sockets: self.frames.charged().into(),
+            quota_store_frames: limits.store_frames.load(Relaxed).into(),
+            quota_socket_frames: limits.socket_frames.load(Relaxed).into(),
+            quota_socket_tokens: limits.socket_tokens.load(Relaxed).into(),
         })
     }
 
