@@ -13,6 +13,7 @@ use crate::{
     bindings as ext,
     note::{self, Note},
     place::{self, Cursor},
+    quota,
     skb::Queued,
     sock::{errno, Flow},
     store::Store,
@@ -311,10 +312,13 @@ impl Pass<'_> {
         }
         let made = self.made.as_ref().map_or(0, |made| made.count);
         let over = self.tokens.count() == made;
-        let mut room = self
-            .cursor
-            .reserve(area, n, over)
-            .map_err(|why| why.errno())?;
+        let mut room = self.cursor.reserve(area, n, over);
+        if matches!(&room, Err(why) if why.is_quota()) {
+            // Unlike placement, this may take its time to find what is idle.
+            area.reclaim(quota::MORE_LOOKS);
+            room = self.cursor.reserve(area, n, over);
+        }
+        let mut room = room.map_err(|why| why.errno())?;
         let mut sum = 0;
         let filled = room.fill(area, |at, bytes| {
             let run = skb.copy_and_sum(off + at, bytes)?;

@@ -225,7 +225,12 @@ impl FrameArea {
 
     /// Looks at every frame in limbo once, so that the numbers are right. Process context.
     pub(crate) fn reclaim_all(&self) {
-        let mut left = self.counts().limbo;
+        self.reclaim(u32::MAX);
+    }
+
+    /// Looks at frames in limbo, at most so many. Process context.
+    pub(crate) fn reclaim(&self, most: u32) {
+        let mut left = self.counts().limbo.min(most);
         while left > 0 {
             // No more than the ledger has room for.
             let now = left.min(64);
@@ -508,6 +513,81 @@ mod tests {
         assert!(note::reserve(&area, frame, 0));
         assert_eq!(area.release(), Ok(()));
         assert!(area.note(frame).is_some_and(|word| word.load(Relaxed) == 0));
+        Ok(())
+    }
+
+    #[test]
+    fn a_frame_counts_for_who_took_it_until_it_is_free_or_a_records() -> Result {
+        let (_region, area) = area()?;
+        let (one, two) = (Account::new(0, GFP_KERNEL)?, Account::new(0, GFP_KERNEL)?);
+        area.limits.socket_frames.store(4, Relaxed);
+        area.limits.store_frames.store(6, Relaxed);
+        let mut frames = [Frame(0); 4];
+        for (nr, frame) in frames.iter_mut().enumerate() {
+            assert_eq!(one.frames(), nr as u32);
+            assert_eq!(area.take(None, &one, 5, false), Err(Denied::Socket));
+            *frame = area.take(None, &one, 1, false).map_err(|_| ENOMEM)?;
+        }
+        assert_eq!(area.take(None, &one, 1, false), Err(Denied::Socket));
+        assert_eq!(area.charged(), 4);
+        // A limit of its own, above and below.
+        one.set_max(5);
+        let [a, b, c, d] = frames;
+        let extra = area.take(None, &one, 1, false).map_err(|_| ENOMEM)?;
+        assert_eq!(area.take(None, &two, 2, false), Err(Denied::Store));
+        let other = area.take(None, &two, 1, false).map_err(|_| ENOMEM)?;
+        assert_eq!(area.take(None, &two, 1, false), Err(Denied::Store));
+        let over = area.take(None, &two, 1, true).map_err(|_| ENOMEM)?;
+        assert_eq!((one.frames(), two.frames(), area.charged()), (5, 2, 7));
+        // The stack looks at it.
+        let page = area.get_page(a).ok_or(EINVAL)?;
+        area.leave(a)?;
+        area.reclaim_all();
+        assert_eq!(one.frames(), 5);
+        put(page);
+        assert_eq!(one.frames(), 5);
+        area.reclaim_all();
+        assert_eq!(one.frames(), 4);
+        // A token holds it, in limbo and after.
+        area.hold(b)?;
+        area.leave(b)?;
+        area.reclaim_all();
+        assert_eq!(one.frames(), 4);
+        area.unhold(b)?;
+        area.reclaim_all();
+        assert_eq!(one.frames(), 3);
+        // Records use it, two of them, while its cursor has it.
+        for (bytes, left) in [(100, 2), (50, 2)] {
+            pm::Frames::hold(&area, c, bytes).map_err(crate::errno)?;
+            assert_eq!(one.frames(), left);
+        }
+        pm::Frames::unhold(&area, c, 100).map_err(crate::errno)?;
+        assert_eq!(one.frames(), 2);
+        pm::Frames::unhold(&area, c, 50).map_err(crate::errno)?;
+        assert_eq!(one.frames(), 3);
+        // And when nobody else does: then it is nobody's, free or not yet.
+        pm::Frames::hold(&area, c, 10).map_err(crate::errno)?;
+        area.leave(c)?;
+        area.reclaim_all();
+        assert_eq!(one.frames(), 2);
+        pm::Frames::unhold(&area, c, 10).map_err(crate::errno)?;
+        area.reclaim_all();
+        assert_eq!(one.frames(), 2);
+        assert!(area.state(c) == Some((FrameState::Free, 0)));
+        // One with an error is never free, and counts for nobody.
+        area.mark_bad(d);
+        assert_eq!(one.frames(), 1);
+        area.unhold(d)?;
+        // Who is at a limit finds what is idle.
+        area.leave(other)?;
+        area.leave(over)?;
+        two.set_max(2);
+        assert!(area.take(None, &two, 2, false).is_ok());
+        assert_eq!(two.frames(), 1);
+        assert_eq!(area.charged(), 2);
+        area.leave(extra)?;
+        assert_eq!(area.release(), Ok(()));
+        assert_eq!(area.charged(), 0);
         Ok(())
     }
 

@@ -76,6 +76,11 @@ impl Unplaced {
     const QUOTA: Self = Self(ext::pmskb_unplaced_PMSKB_UNPLACED_QUOTA);
     const STORE_QUOTA: Self = Self(ext::pmskb_unplaced_PMSKB_UNPLACED_STORE_QUOTA);
 
+    /// Whether there are frames, but not for this socket.
+    pub(crate) fn is_quota(self) -> bool {
+        matches!(self, Self::QUOTA | Self::STORE_QUOTA)
+    }
+
     /// What a receive that has to copy answers.
     pub(crate) fn errno(self) -> Error {
         match self {

@@ -36,8 +36,9 @@ pub(crate) const MIN_FRAMES: u32 = 32;
 pub(crate) const MIN_TOKENS: u32 = 64;
 /// A socket's frames by default, if 1/8 of the store is less: 4 MiB.
 const SMALL: u32 = 1024;
-/// How many frames in limbo who is at a limit looks at.
+/// How many frames in limbo who is at a limit looks at; and in process context.
 pub(crate) const LOOKS: u32 = 32;
+pub(crate) const MORE_LOOKS: u32 = 4096;
 /// How many frames of a socket can be found idle at a time.
 const FOUND: usize = 64;
 

@@ -239,8 +239,9 @@ TEST_F_TIMEOUT(quota, who_does_not_read_takes_no_more_and_others_go_on, 60)
 	ASSERT_EQ(0, sock_info(self->c.s, &a));
 	EXPECT_GE(CURSORS, a.frames);
 	/* Of descriptors a call may have ended early; but none of them failed. */
-	if (!self->desc)
+	if (!self->desc) {
 		EXPECT_EQ(0, a.counters.refused);
+	}
 	ASSERT_EQ(0, push(&self->c, 1, &sent, 16384, 4096));
 	ASSERT_EQ(0, arrived(self->c.s, a.counters.placed_bytes + 16384, &b));
 	EXPECT_EQ(a.counters.unplaced[PMSKB_UNPLACED_QUOTA], b.counters.unplaced[PMSKB_UNPLACED_QUOTA]);
@@ -454,8 +455,9 @@ TEST_F(described, a_full_queue_is_no_obstacle_to_its_first_packet)
 		/* One is let through while nothing is held; with it held no other. */
 		ASSERT_LT(0, pull(&self->s, self->c.s, true, 8, &read, 1, &n)) TH_LOG("at %lu", read);
 		EXPECT_TRUE(d[0].flags & PMSKB_DESC_COPIED);
-		if (read < 10 * 4096)
+		if (read < 10 * 4096) {
 			ASSERT_EQ(-EDQUOT, pull(&self->s, self->c.s, true, 8, &read, 1, &n)) TH_LOG("at %lu", read);
+		}
 		ASSERT_EQ(0, sock_info(self->c.s, &info));
 		EXPECT_GE(PMSKB_MIN_FRAMES + CURSORS, info.frames);
 		ASSERT_EQ(0, desc_release_all(self->c.s, d, n));
@@ -587,13 +589,15 @@ TEST_F(option, what_cannot_be_is_refused_and_changes_nothing)
 	unsigned int i;
 
 	ASSERT_EQ(0, sock_quota(self->c.s, 60, 80));
-	for (i = 0; i < ARRAY_LEN(bad); i++)
+	for (i = 0; i < ARRAY_LEN(bad); i++) {
 		EXPECT_EQ(EINVAL, ERRNO(setsockopt(self->c.s, SOL_PMSKB, PMSKB_QUOTA, &bad[i], sizeof(bad[i]))))
 			TH_LOG("bad[%u]", i);
+	}
 	for (i = 0; i < sizeof(big); i++) {
-		if (i != sizeof(q))
-			EXPECT_EQ(EINVAL, ERRNO(setsockopt(self->c.s, SOL_PMSKB, PMSKB_QUOTA, big, i)))
-				TH_LOG("%u bytes", i);
+		if (i == sizeof(q))
+			continue;
+		EXPECT_EQ(EINVAL, ERRNO(setsockopt(self->c.s, SOL_PMSKB, PMSKB_QUOTA, big, i)))
+			TH_LOG("%u bytes", i);
 	}
 	EXPECT_EQ(EFAULT, ERRNO(setsockopt(self->c.s, SOL_PMSKB, PMSKB_QUOTA, BAD_PTR, sizeof(q))));
 	QUOTA_IS(self->c.s, 60, 80);
@@ -723,8 +727,9 @@ TEST_F(option, the_stores_limits_are_numbers_within_bounds)
 		EXPECT_EQ(limits[i].low, read_number(path));
 		EXPECT_EQ(0, store_limit(&self->s, limits[i].name, limits[i].high));
 		EXPECT_EQ(limits[i].high, read_number(path));
-		if (limits[i].high != UINT32_MAX)
+		if (limits[i].high != UINT32_MAX) {
 			EXPECT_EQ(-EINVAL, store_limit(&self->s, limits[i].name, limits[i].high + 1));
+		}
 	}
 }
 
