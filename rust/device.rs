@@ -175,10 +175,9 @@ unsafe fn limit<'a>(
         ext::pmskb_limit_PMSKB_LIMIT_SOCKET_FRAMES => {
             Some((&limits.socket_frames, quota::MIN_FRAMES..=u32::MAX))
         }
-        ext::pmskb_limit_PMSKB_LIMIT_SOCKET_TOKENS => Some((
-            &limits.socket_tokens,
-            quota::MIN_TOKENS..=token::MAX as u32,
-        )),
+        ext::pmskb_limit_PMSKB_LIMIT_SOCKET_TOKENS => {
+            Some((&limits.socket_tokens, quota::MIN_TOKENS..=token::MAX as u32))
+        }
         _ => None,
     }
 }

@@ -310,29 +310,24 @@ static ssize_t label_show(struct device *dev, struct device_attribute *attr, cha
 }
 static DEVICE_ATTR_RO(label);
 
-#define PMSKB_LIMIT_ATTR(_name, _which)						\
-static ssize_t _name##_show(struct device *dev, struct device_attribute *attr,	\
-			    char *buf)						\
-{										\
-	return pmskb_limit_show(dev, _which, buf);				\
-}										\
-static ssize_t _name##_store(struct device *dev, struct device_attribute *attr,	\
-			     const char *buf, size_t len)			\
-{										\
-	return pmskb_limit_store(dev, _which, buf, len);			\
-}										\
-static DEVICE_ATTR_RW(_name)
+/* One of a store's limits. */
+struct pmskb_limit_attr {
+	struct device_attribute attr;
+	enum pmskb_limit which;
+};
 
-static ssize_t pmskb_limit_show(struct device *dev, enum pmskb_limit which, char *buf)
+static ssize_t limit_show(struct device *dev, struct device_attribute *attr, char *buf)
 {
 	struct pmskb_node *node = container_of(dev_get_drvdata(dev), struct pmskb_node, misc);
+	struct pmskb_limit_attr *limit = container_of(attr, struct pmskb_limit_attr, attr);
 
-	return sysfs_emit(buf, "%u\n", pmskb_limit_get(node, which));
+	return sysfs_emit(buf, "%u\n", pmskb_limit_get(node, limit->which));
 }
 
-static ssize_t pmskb_limit_store(struct device *dev, enum pmskb_limit which, const char *buf,
-				 size_t len)
+static ssize_t limit_store(struct device *dev, struct device_attribute *attr, const char *buf,
+			   size_t len)
 {
+	struct pmskb_limit_attr *limit = container_of(attr, struct pmskb_limit_attr, attr);
 	struct pmskb_node *node = container_of(dev_get_drvdata(dev), struct pmskb_node, misc);
 	u32 value;
 	int err;
@@ -340,19 +335,27 @@ static ssize_t pmskb_limit_store(struct device *dev, enum pmskb_limit which, con
 	err = kstrtou32(buf, 0, &value);
 	if (err)
 		return err;
-	return pmskb_limit_set(node, which, value) ?: len;
+	return pmskb_limit_set(node, limit->which, value) ?: len;
 }
 
-PMSKB_LIMIT_ATTR(quota_store_frames, PMSKB_LIMIT_STORE_FRAMES);
-PMSKB_LIMIT_ATTR(quota_socket_frames, PMSKB_LIMIT_SOCKET_FRAMES);
-PMSKB_LIMIT_ATTR(quota_socket_tokens, PMSKB_LIMIT_SOCKET_TOKENS);
+static struct pmskb_limit_attr quota_store_frames = {
+	__ATTR(quota_store_frames, 0644, limit_show, limit_store), PMSKB_LIMIT_STORE_FRAMES
+};
+
+static struct pmskb_limit_attr quota_socket_frames = {
+	__ATTR(quota_socket_frames, 0644, limit_show, limit_store), PMSKB_LIMIT_SOCKET_FRAMES
+};
+
+static struct pmskb_limit_attr quota_socket_tokens = {
+	__ATTR(quota_socket_tokens, 0644, limit_show, limit_store), PMSKB_LIMIT_SOCKET_TOKENS
+};
 
 static struct attribute *pmskb_node_attrs[] = {
 	&dev_attr_uuid.attr,
 	&dev_attr_label.attr,
-	&dev_attr_quota_store_frames.attr,
-	&dev_attr_quota_socket_frames.attr,
-	&dev_attr_quota_socket_tokens.attr,
+	&quota_store_frames.attr.attr,
+	&quota_socket_frames.attr.attr,
+	&quota_socket_tokens.attr.attr,
 	NULL
 };
 

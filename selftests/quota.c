@@ -49,6 +49,25 @@ static int pair(struct conn *c, const struct net *net, int store_fd)
 	return store_fd < 0 ? 0 : sock_attach_ioctl(c->s, store_fd);
 }
 
+/*
+ * Waits until no frame is charged to sockets, which are closed; how many are. The stack may
+ * have some on a CPU's list until something happens there.
+ */
+static int64_t charged(const struct store *s)
+{
+	struct pmskb_store_info info;
+	int k, err;
+
+	for (k = 0;; k++) {
+		err = store_info(s, &info);
+		if (err)
+			return err;
+		if (!info.frames_sockets || k == 250 * slowness())
+			return info.frames_sockets;
+		usleep(20000);
+	}
+}
+
 FIXTURE(quota) {
 	struct store s;
 	struct conn c, other;
@@ -93,7 +112,7 @@ FIXTURE_TEARDOWN(quota)
 	conn_close(&self->c);
 	conn_close(&self->other);
 	EXPECT_EQ(0, store_back(&self->s, 5000, &info)) TH_LOG("something is left behind");
-	EXPECT_EQ(0, info.frames_sockets) TH_LOG("frames of sockets that are closed");
+	EXPECT_EQ(0, charged(&self->s)) TH_LOG("frames of sockets that are closed");
 	EXPECT_EQ(0, store_close(&self->s));
 }
 
@@ -218,10 +237,10 @@ TEST_F_TIMEOUT(quota, who_does_not_read_takes_no_more_and_others_go_on, 60)
 	EXPECT_LE(FEW - 18, a.frames) TH_LOG("a whole packet did not fit");
 	EXPECT_LT(0, a.counters.unplaced[PMSKB_UNPLACED_QUOTA]);
 	EXPECT_EQ(unplaced(&a.counters), a.counters.unplaced[PMSKB_UNPLACED_QUOTA]);
-	EXPECT_GE(FEW * 4096, a.counters.placed_bytes);
 	ASSERT_EQ(0, sock_info(self->other.s, &b));
 	EXPECT_EQ(0, unplaced(&b.counters)) TH_LOG("others pay for it");
-	EXPECT_EQ(theirs, b.counters.placed_bytes);
+	/* TCP may have sent something twice. */
+	EXPECT_LE(theirs, b.counters.placed_bytes);
 	EXPECT_GE(FEW, b.frames);
 	ASSERT_EQ(0, store_info(&self->s, &info));
 	/* That has looked at all of limbo. */
@@ -298,7 +317,7 @@ TEST_F(quota, what_was_not_read_goes_with_the_socket)
 {
 	struct pmskb_store_info info;
 	uint64_t sent = 0, read = 0;
-	int k, n = 0;
+	int n = 0;
 
 	ASSERT_EQ(0, push(&self->c, 5, &sent, 200 * 4096, 8192));
 	/* Of descriptors some are held then. */
@@ -307,11 +326,7 @@ TEST_F(quota, what_was_not_read_goes_with_the_socket)
 	EXPECT_LE(150, info.frames_sockets);
 	EXPECT_GE(200 + CURSORS, info.frames_sockets);
 	conn_close(&self->c);
-	for (k = 0; k < 250 * slowness() && info.frames_sockets; k++) {
-		usleep(20000);
-		ASSERT_EQ(0, store_info(&self->s, &info));
-	}
-	EXPECT_EQ(0, info.frames_sockets);
+	EXPECT_EQ(0, charged(&self->s));
 }
 
 /* ---- descriptors ---- */
@@ -348,7 +363,7 @@ FIXTURE_TEARDOWN(described)
 
 	conn_close(&self->c);
 	EXPECT_EQ(0, store_quiet(&self->s, 5000, &info));
-	EXPECT_EQ(0, info.frames_sockets) TH_LOG("frames of sockets that are closed");
+	EXPECT_EQ(0, charged(&self->s)) TH_LOG("frames of sockets that are closed");
 	EXPECT_EQ(0, store_close(&self->s));
 }
 
@@ -398,20 +413,21 @@ TEST_F(described, with_its_tokens_held_a_receive_is_edquot_and_loses_nothing)
 
 TEST_F(described, with_its_frames_held_a_copy_is_edquot_and_loses_nothing)
 {
-	uint64_t sent = 0, read = 0, before, placed;
+	uint64_t sent = 0, read = 0, before, copied = 0;
 	struct pmskb_sock_info info;
-	int n = 0, refused = 0;
+	int n = 0, refused = 0, was, i;
 	int64_t got;
 
 	ASSERT_EQ(0, sock_quota(self->c.s, PMSKB_MIN_FRAMES, 0));
 	/* All at once, and kept when it is received: what does not fit has to be copied. */
 	ASSERT_EQ(0, push(&self->c, 7, &sent, 4 * PMSKB_MIN_FRAMES * 4096, 4096));
 	ASSERT_EQ(0, sock_info(self->c.s, &info));
-	placed = info.counters.placed_bytes;
 	EXPECT_LT(0, info.counters.unplaced[PMSKB_UNPLACED_QUOTA]);
 	while (read < sent) {
-		before = read;
+		before = read, was = n;
 		got = pull(&self->s, self->c.s, true, 7, &read, sent - read, &n);
+		for (i = was; i < n; i++)
+			copied += d[i].flags & PMSKB_DESC_COPIED ? d[i].len : 0;
 		if (got == -EAGAIN)
 			continue;
 		if (got == -EDQUOT) {
@@ -430,7 +446,9 @@ TEST_F(described, with_its_frames_held_a_copy_is_edquot_and_loses_nothing)
 	EXPECT_LE(3, refused) TH_LOG("four times the quota was held");
 	ASSERT_EQ(0, sock_info(self->c.s, &info));
 	EXPECT_LE(refused, info.counters.refused);
-	EXPECT_EQ(sent - placed, info.counters.copied_bytes);
+	EXPECT_LT(2 * PMSKB_MIN_FRAMES * 4096, copied);
+	/* Of a datagram that was refused a part may have been copied. */
+	EXPECT_LE(copied, info.counters.copied_bytes);
 	ASSERT_EQ(0, desc_release_all(self->c.s, d, n));
 }
 
@@ -762,7 +780,7 @@ TEST_F(option, two_stores_in_one_process_count_apart)
 	EXPECT_EQ(other.minor, info.store);
 	EXPECT_LE(3 * FEW, info.frames);
 	EXPECT_EQ(0, unplaced(&info.counters));
-	EXPECT_EQ(theirs, info.counters.placed_bytes);
+	EXPECT_LE(theirs, info.counters.placed_bytes);
 	ASSERT_EQ(0, store_info(&self->s, &a));
 	ASSERT_EQ(0, store_info(&other, &b));
 	EXPECT_GE(FEW, a.frames_sockets);
