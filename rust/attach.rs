@@ -189,7 +189,7 @@ impl Ctx {
             let rx = self.rx.lock();
             (rx.store.clone(), rx.hooks.clone())
         };
-        let account = self.account(GFP_ATOMIC | __GFP_NOWARN)?;
+        let account = Account::new(GFP_ATOMIC | __GFP_NOWARN)?;
         let raw = Ctx::new(sk, self.transport, GFP_ATOMIC | __GFP_NOWARN)?;
         // SAFETY: From `Ctx::new`, and nobody else knows it.
         let ctx = unsafe { &*raw };
@@ -221,7 +221,7 @@ impl Ctx {
         // SAFETY: As the caller says.
         unsafe {
             let own = &mut *(*raw).own.get();
-            let account = (*raw).account(GFP_KERNEL)?;
+            let account = Account::new(GFP_KERNEL)?;
             (*raw).set_store(own, store, hooks, account)
         }
     }
@@ -262,12 +262,6 @@ impl Ctx {
         let _rcu = rcu::read_lock();
         // SAFETY: As the caller says; RCU is held.
         unsafe { Ctx::of(sk) }.is_some_and(|ctx| ctx.mode() == ext::pmskb_rx_mode_PMSKB_RX_DESC)
-    }
-
-    /// An account for what it will hold.
-    fn account(&self, flags: kernel::alloc::Flags) -> Result<Arc<Account>> {
-        let [frames, _] = &self.quota;
-        Account::new(frames.load(Relaxed), flags)
     }
 
     /// How many frames and tokens it may hold of `store`. Any context.
@@ -359,6 +353,8 @@ impl Ctx {
         store.socket_attached()?;
         own.store = Some(store.clone());
         own.lost = false;
+        let [frames, _] = &self.quota;
+        account.set_max(frames.load(Relaxed));
         own.cursor = Cursor::of(account.clone());
         self.minor.store(store.minor(), Relaxed);
         {
@@ -680,7 +676,7 @@ unsafe fn attach(sk: NonNull<ext::sock>, store: &Arc<Store>) -> Result {
         Some(now) if Arc::ptr_eq(now, store) => Err(errno(bindings::EALREADY)),
         Some(_) => Err(EBUSY),
         None => {
-            let account = ctx.account(GFP_KERNEL)?;
+            let account = Account::new(GFP_KERNEL)?;
             ctx.set_store(own, store, hooks, account)
         }
     }

@@ -519,7 +519,7 @@ mod tests {
     #[test]
     fn a_frame_counts_for_who_took_it_until_it_is_free_or_a_records() -> Result {
         let (_region, area) = area()?;
-        let (one, two) = (Account::new(0, GFP_KERNEL)?, Account::new(0, GFP_KERNEL)?);
+        let (one, two) = (Account::new(GFP_KERNEL)?, Account::new(GFP_KERNEL)?);
         area.limits.socket_frames.store(4, Relaxed);
         area.limits.store_frames.store(6, Relaxed);
         let mut frames = [Frame(0); 4];

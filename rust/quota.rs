@@ -84,15 +84,13 @@ pub(crate) struct Account {
 }
 
 impl Account {
-    /// Nothing yet. `max` as in [`Self::set_max`].
-    pub(crate) fn new(max: u32, flags: kernel::alloc::Flags) -> Result<Arc<Self>> {
-        Ok(Arc::new(
-            Self {
-                frames: Atomic::new(0),
-                max: Atomic::new(max),
-            },
-            flags,
-        )?)
+    /// Nothing yet, and the store's limit.
+    pub(crate) fn new(flags: kernel::alloc::Flags) -> Result<Arc<Self>> {
+        let account = Self {
+            frames: Atomic::new(0),
+            max: Atomic::new(0),
+        };
+        Ok(Arc::new(account, flags)?)
     }
 
     /// Frames that are charged to it. Any context.
