@@ -26,10 +26,11 @@ use crate::{
     cell::Static,
     lock::{self, SpinLockBh},
     place::{self, Cursor, HookUse},
+    quota::{self, Account},
     sock::{errno, Flow, Locked, Net, OptVal, SocketFile, Transport},
     store::{Counters, Store},
     submit,
-    token::{Held, Tokens},
+    token::{self, Held, Tokens},
     uapi::Plain,
     udp, ulp,
 };
@@ -121,6 +122,8 @@ pub(crate) struct Ctx {
     mode: Atomic<u32>,
     /// `PMSKB_CRC32C`.
     crc32c: Atomic<u32>,
+    /// `PMSKB_QUOTA`: of frames and tokens; 0: what the store says.
+    quota: [Atomic<u32>; 2],
     tokens: Atomic<u32>,
     minor: Atomic<u32>,
     pub(crate) counters: Counters,
@@ -172,6 +175,7 @@ impl Ctx {
                 not_before: Atomic::new(crate::host::jiffies()),
                 mode: Atomic::new(ext::pmskb_rx_mode_PMSKB_RX_BYTES),
                 crc32c: Atomic::new(0),
+                quota: [const { Atomic::new(0) }; 2],
                 tokens: Atomic::new(0),
                 minor: Atomic::new(u32::MAX),
                 counters: Counters::default(),
@@ -206,23 +210,27 @@ impl Ctx {
             let rx = self.rx.lock();
             (rx.store.clone(), rx.hooks.clone())
         };
+        let account = Account::new(GFP_ATOMIC | __GFP_NOWARN)?;
         let raw = Ctx::new(sk, self.transport, GFP_ATOMIC | __GFP_NOWARN)?;
         // SAFETY: From `Ctx::new`, and nobody else knows it.
         let ctx = unsafe { &*raw };
         ctx.mode.store(self.mode(), Relaxed);
         ctx.crc32c.store(self.crc32c.load(Relaxed), Relaxed);
         ctx.auto.store(self.auto.load(Relaxed), Relaxed);
+        for (to, from) in ctx.quota.iter().zip(&self.quota) {
+            to.store(from.load(Relaxed), Relaxed);
+        }
         if let (Some(store), Some(hooks)) = (store, hooks) {
             // SAFETY: As above.
             let own = unsafe { &mut *ctx.own.get() };
-            if ctx.set_store(own, &store, hooks).is_err() {
+            if ctx.set_store(own, &store, hooks, account).is_err() {
                 own.lost = true;
             }
         }
         Ok(raw)
     }
 
-    /// Attaches a context that nobody knows yet. Errors as [`Self::set_store`].
+    /// Attaches a context that nobody knows yet. Errors as [`Self::set_store`]; `ENOMEM`.
     ///
     /// # Safety
     ///
@@ -235,7 +243,8 @@ impl Ctx {
         // SAFETY: As the caller says.
         unsafe {
             let own = &mut *(*raw).own.get();
-            (*raw).set_store(own, store, hooks)
+            let account = Account::new(GFP_KERNEL)?;
+            (*raw).set_store(own, store, hooks, account)
         }
     }
 
@@ -283,6 +292,53 @@ impl Ctx {
         unsafe { Ctx::of(sk) }.is_some_and(|ctx| ctx.mode() == ext::pmskb_rx_mode_PMSKB_RX_DESC)
     }
 
+    /// How many frames and tokens it may hold of `store`. Any context.
+    fn quota(&self, store: &Store) -> [u32; 2] {
+        let limits = &store.frames().limits;
+        let [frames, tokens] = &self.quota;
+        [
+            (frames, &limits.socket_frames),
+            (tokens, &limits.socket_tokens),
+        ]
+        .map(|(own, default)| match own.load(Relaxed) {
+            0 => default.load(Relaxed),
+            own => own,
+        })
+    }
+
+    /// How many tokens it may hold of `store`. Any context.
+    pub(crate) fn max_tokens(&self, store: &Store) -> u32 {
+        let [_, tokens] = self.quota(store);
+        tokens
+    }
+
+    /// `PMSKB_QUOTA`. `EINVAL`; `EPERM` if it is more than may be had.
+    fn set_quota(&self, own: &Own, store: &Store, new: [u32; 2]) -> Result {
+        let [frames, tokens] = new;
+        let fits = |n: u32, min: u32, max: usize| n == 0 || (n >= min && n as usize <= max);
+        if !fits(frames, quota::MIN_FRAMES, usize::MAX)
+            || !fits(tokens, quota::MIN_TOKENS, token::MAX)
+        {
+            return Err(EINVAL);
+        }
+        let limits = &store.frames().limits;
+        let [max_frames, max_tokens] = self.quota(store);
+        let more = frames > max_frames.max(limits.socket_frames.load(Relaxed))
+            || tokens > max_tokens.max(limits.socket_tokens.load(Relaxed));
+        // The store is the whole host's.
+        // SAFETY: No requirements.
+        if more && !unsafe { bindings::capable(bindings::CAP_NET_ADMIN as c_int) } {
+            return Err(EPERM);
+        }
+        for (to, new) in self.quota.iter().zip(new) {
+            to.store(new, Relaxed);
+        }
+        if let Some(account) = own.cursor.account() {
+            account.set_max(frames);
+        }
+        Ok(())
+    }
+
     /// To be called when the number of tokens has changed.
     pub(crate) fn tokens_changed(&self, own: &Own) {
         let now = own.tokens.count() as u32;
@@ -292,13 +348,22 @@ impl Ctx {
         }
     }
 
-    /// What `PMSKB_INFO` answers. Any context.
+    /// What `PMSKB_INFO` answers. Any context but hard interrupts; under RCU, or with the socket
+    /// locked.
     pub(crate) fn info(&self) -> ext::pmskb_sock_info {
+        let (frames, [quota_frames, quota_tokens]) = {
+            let rx = self.rx.lock();
+            let frames = rx.cursor.account().map_or(0, |account| account.frames());
+            let quota = rx.store.as_ref().map(|store| self.quota(store));
+            (frames, quota.unwrap_or_default())
+        };
         ext::pmskb_sock_info {
             store: self.minor.load(Relaxed),
             rx_mode: self.mode(),
             tokens: self.tokens.load(Relaxed),
-            reserved: 0,
+            frames,
+            quota_frames,
+            quota_tokens,
             counters: self.counters.get(),
         }
     }
@@ -306,14 +371,24 @@ impl Ctx {
     /// Attaches an unattached socket. The socket is locked, or not known to anybody yet.
     ///
     /// `EIO` if the store is going, `EROFS` if it may only be read; then nothing has happened.
-    fn set_store(&self, own: &mut Own, store: &Arc<Store>, hooks: HookUse) -> Result {
+    fn set_store(
+        &self,
+        own: &mut Own,
+        store: &Arc<Store>,
+        hooks: HookUse,
+        account: Arc<Account>,
+    ) -> Result {
         store.socket_attached()?;
         own.store = Some(store.clone());
         own.lost = false;
+        let [frames, _] = &self.quota;
+        account.set_max(frames.load(Relaxed));
+        own.cursor = Cursor::of(account.clone());
         self.minor.store(store.minor(), Relaxed);
         {
             let mut rx = self.rx.lock();
             rx.store = Some(store.clone());
+            rx.cursor = Cursor::of(account);
             rx.hooks = Some(hooks);
         }
         SOCKETS.add(self);
@@ -707,7 +782,10 @@ unsafe fn attach(sk: NonNull<ext::sock>, store: &Arc<Store>) -> Result {
     match &own.store {
         Some(now) if Arc::ptr_eq(now, store) => Err(errno(bindings::EALREADY)),
         Some(_) => Err(EBUSY),
-        None => ctx.set_store(own, store, hooks),
+        None => {
+            let account = Account::new(GFP_KERNEL)?;
+            ctx.set_store(own, store, hooks, account)
+        }
     }
 }
 
@@ -791,6 +869,18 @@ pub(crate) unsafe fn set_option(
             }
             Ok(0)
         }
+        ext::PMSKB_QUOTA => {
+            let Plain(new) = value.read::<Plain<ext::pmskb_quota>>()?;
+            if new.reserved != 0 {
+                return Err(EINVAL);
+            }
+            // SAFETY: As the caller says.
+            let mut attached = unsafe { attached(sk)? };
+            let own = attached.ctx.own(&mut attached.locked);
+            let quota = [new.frames, new.tokens];
+            attached.ctx.set_quota(own, &attached.store, quota)?;
+            Ok(0)
+        }
         ext::PMSKB_RELEASE => {
             const SIZE: usize = core::mem::size_of::<ext::pmskb_token_range>();
             if value.len() == 0 || value.len() % SIZE != 0 {
@@ -855,6 +945,15 @@ pub(crate) unsafe fn get_option(
         ext::PMSKB_AUTO_PERSIST => put(to, room, &auto)?,
         ext::PMSKB_RX_MODE => put(to, room, &info.rx_mode)?,
         ext::PMSKB_INFO => put(to, room, &Plain(info))?,
+        ext::PMSKB_QUOTA if info.store == u32::MAX => return Err(errno(bindings::EUNATCH)),
+        ext::PMSKB_QUOTA => {
+            let quota = ext::pmskb_quota {
+                frames: info.quota_frames,
+                tokens: info.quota_tokens,
+                reserved: 0,
+            };
+            put(to, room, &Plain(quota))?
+        }
         _ => return Err(errno(bindings::ENOPROTOOPT)),
     };
     UserSlice::new(len, 4).writer().write(&(size as i32))

@@ -84,6 +84,8 @@ fn batch(locked: &mut Stream<'_>, ctx: &Ctx, from: u32) -> (u32, Result) {
     let mut log = Log::new(&store, &locked.flow(), ctx.crc32c(&store));
     // Taken out while the lock is lent to the queue, and put back under the same lock.
     let mut own = ctx.take_own(locked);
+    // What has a record does not count, so it can always go on.
+    let over = own.tokens.count() == 0;
     let mut source = Source {
         ctx,
         store: &store,
@@ -96,7 +98,7 @@ fn batch(locked: &mut Stream<'_>, ctx: &Ctx, from: u32) -> (u32, Result) {
         }
         let mut done = 0;
         while done < len {
-            let held = source.hold(skb, off + done, len - done)?;
+            let held = source.hold(skb, off + done, len - done, over)?;
             done += u32::from(held.note.len);
             log.add(held)?;
         }

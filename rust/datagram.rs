@@ -9,8 +9,9 @@
 //!   `MSG_CTRUNC` says so, as in any receive.
 //! - Waiting, `SO_RCVTIMEO`, `MSG_DONTWAIT`, signals, pending errors and wrong checksums are as
 //!   with UDP's own.
-//! - `ENOBUFS`: no frames to copy into, or too many tokens. `EIO`: the store is gone. `EFAULT`.
-//!   Nothing was consumed. `EOPNOTSUPP`: `MSG_PEEK`.
+//! - `EDQUOT`: the socket holds as many tokens as it may, or as many frames and has to copy.
+//!   `ENOBUFS`: no frames to copy into. `EIO`: the store is gone. `EFAULT`. Nothing was consumed.
+//!   `EOPNOTSUPP`: `MSG_PEEK`.
 //!
 //! A datagram stays in the queue until it has been described, so that whatever goes wrong before
 //! does not lose it. If somebody who receives bytes takes it meanwhile, its tokens are taken back

@@ -13,6 +13,7 @@ use crate::{
     bindings as ext,
     note::{self, Note},
     place::{self, Cursor},
+    quota,
     skb::Queued,
     sock::{errno, Flow},
     store::Store,
@@ -180,6 +181,12 @@ impl Pass<'_> {
                     self.limit -= n as usize;
                 }
                 Err(e) => {
+                    if e == errno(bindings::EDQUOT) {
+                        let source = &self.source;
+                        for counters in [&source.ctx.counters, &source.store.counters] {
+                            counters.refused.add(1);
+                        }
+                    }
                     self.end = End::Error(e);
                     break;
                 }
@@ -190,12 +197,19 @@ impl Pass<'_> {
 
     /// One descriptor, for up to `len` bytes from `off`; there is room for it.
     fn one(&mut self, skb: &Queued<'_>, off: u32, len: u32) -> Result<u32> {
+        // Before anything is copied.
+        let source = &self.source;
+        if self.tokens.count() >= source.ctx.max_tokens(source.store) as usize {
+            return Err(errno(bindings::EDQUOT));
+        }
         // Datagrams have none; what tells them apart is nobody else's business.
         let seq = match skb.is_datagram() {
             true => 0,
             false => skb.seq().wrapping_add(off),
         };
-        let held = self.source.hold(skb, off, len)?;
+        let made = self.made.as_ref().map_or(0, |made| made.count);
+        let over = self.tokens.count() == made;
+        let held = self.source.hold(skb, off, len, over)?;
         let note = held.note;
         let store = self.source.store;
         let area = store.frames();
@@ -247,10 +261,18 @@ impl Pass<'_> {
 impl Source<'_> {
     /// Some of up to `len` bytes of a packet from `off`, in one frame; with a hold. `ENOBUFS` if
     /// they have to be copied, and there is no frame.
-    pub(crate) fn hold(&mut self, skb: &Queued<'_>, off: u32, len: u32) -> Result<Held> {
+    ///
+    /// With `over` the socket has nothing that it could release, and may go over its quota.
+    pub(crate) fn hold(
+        &mut self,
+        skb: &Queued<'_>,
+        off: u32,
+        len: u32,
+        over: bool,
+    ) -> Result<Held> {
         match self.placed(skb, off, len)? {
             Some(held) => Ok(held),
-            None => self.copy(skb, off, len),
+            None => self.copy(skb, off, len, over),
         }
     }
 
@@ -290,8 +312,12 @@ impl Source<'_> {
         }))
     }
 
-    /// Copies bytes from `off` into a frame; with a hold. `ENOBUFS` if there is none.
-    fn copy(&mut self, skb: &Queued<'_>, off: u32, len: u32) -> Result<Held> {
+    /// Copies bytes from `off` into a frame; with a hold. `EDQUOT` if the socket may not have
+    /// another one, `ENOBUFS` if there is none.
+    ///
+    /// With a quota full of what comes later in the queue, a socket could never get there. So one
+    /// that holds nothing that it could release may go over it.
+    fn copy(&mut self, skb: &Queued<'_>, off: u32, len: u32, over: bool) -> Result<Held> {
         let area = self.store.frames();
         let facts = skb.facts();
         // Up to what is in a frame, and no more than one frame.
@@ -311,10 +337,13 @@ impl Source<'_> {
         if facts.readable == 0 {
             return Err(EFAULT);
         }
-        let mut room = self
-            .cursor
-            .reserve(area, n)
-            .map_err(|_| errno(bindings::ENOBUFS))?;
+        let mut room = self.cursor.reserve(area, n, over);
+        if matches!(&room, Err(why) if why.is_quota()) {
+            // Unlike placement, this may take its time to find what is idle.
+            area.reclaim(quota::MORE_LOOKS);
+            room = self.cursor.reserve(area, n, over);
+        }
+        let mut room = room.map_err(|why| why.errno())?;
         let mut sum = 0;
         let filled = room.fill(area, |at, bytes| {
             let run = skb.copy_and_sum(off + at, bytes)?;

@@ -6,22 +6,26 @@
 //! be mapped, for it has kernel pointers. Nothing can be written through it.
 
 use crate::{
-    bindings as ext, buffer, object,
+    bindings as ext, buffer, object, quota,
     read::{self, Part, Ranges},
     region::PAGE,
     sock::errno,
     store::Store,
+    token,
     uapi::Plain,
     vma::{self, Operations},
 };
-use core::ptr;
+use core::{ops::RangeInclusive, ptr};
 use kernel::{
     bindings,
     error::{from_result, to_result},
     ffi::{c_int, c_long, c_uint, c_ulong},
     fs::LocalFile,
     prelude::*,
-    sync::{Arc, ArcBorrow},
+    sync::{
+        atomic::{Atomic, Relaxed},
+        Arc, ArcBorrow,
+    },
     types::{ForeignOwnable, Opaque},
     uaccess::{UserPtr, UserSlice},
 };
@@ -149,6 +153,64 @@ impl PinnedDrop for Node {
     fn drop(self: Pin<&mut Self>) {
         // SAFETY: Registered, by the type invariant.
         unsafe { bindings::misc_deregister(ptr::addr_of_mut!((*self.raw.get()).misc)) };
+    }
+}
+
+/// A limit of a node's store, and what it may be.
+///
+/// # Safety
+///
+/// `node` is the start of a [`Node`], which stays for `'a`.
+unsafe fn limit<'a>(
+    node: *mut ext::pmskb_node,
+    which: c_uint,
+) -> Option<(&'a Atomic<u32>, RangeInclusive<u32>)> {
+    // SAFETY: As the caller says.
+    let store = unsafe { &(*node.cast::<Node>()).store };
+    let limits = &store.frames().limits;
+    match which {
+        ext::pmskb_limit_PMSKB_LIMIT_STORE_FRAMES => {
+            Some((&limits.store_frames, quota::MIN_FRAMES..=u32::MAX))
+        }
+        ext::pmskb_limit_PMSKB_LIMIT_SOCKET_FRAMES => {
+            Some((&limits.socket_frames, quota::MIN_FRAMES..=u32::MAX))
+        }
+        ext::pmskb_limit_PMSKB_LIMIT_SOCKET_TOKENS => {
+            Some((&limits.socket_tokens, quota::MIN_TOKENS..=token::MAX as u32))
+        }
+        _ => None,
+    }
+}
+
+/// An attribute of a node is read.
+///
+/// # Safety
+///
+/// `node` is a registered node's.
+#[no_mangle]
+unsafe extern "C" fn pmskb_limit_get(node: *mut ext::pmskb_node, which: c_uint) -> c_uint {
+    // SAFETY: The device is not removed before this returns.
+    unsafe { limit(node, which) }.map_or(0, |(limit, _)| limit.load(Relaxed))
+}
+
+/// An attribute of a node is written. `EINVAL` if it may not be that.
+///
+/// # Safety
+///
+/// `node` is a registered node's.
+#[no_mangle]
+unsafe extern "C" fn pmskb_limit_set(
+    node: *mut ext::pmskb_node,
+    which: c_uint,
+    value: c_uint,
+) -> c_int {
+    // SAFETY: The device is not removed before this returns.
+    match unsafe { limit(node, which) } {
+        Some((limit, may)) if may.contains(&value) => {
+            limit.store(value, Relaxed);
+            0
+        }
+        _ => EINVAL.to_errno(),
     }
 }
 

@@ -14,6 +14,7 @@ use crate::{
     lock::{self, SpinLockBh},
     page::Pages,
     pm::{self, Counts, FrameState, FrameTable, Need},
+    quota::{self, Account, Denied, Ledger, Limits},
     region::{self, Region, PAGE},
 };
 use core::ptr::NonNull;
@@ -40,13 +41,84 @@ pub(crate) fn set_idle_hook(hook: fn(&FrameArea, Frame)) {
     IDLE_HOOK.populate(hook);
 }
 
+/// The core's table of frames, and to whom they are charged.
+struct Table {
+    frames: FrameTable<KVVec<u64>>,
+    ledger: Ledger,
+}
+
+impl Table {
+    /// As [`FrameTable::alloc`].
+    fn alloc(
+        &mut self,
+        near: Option<Frame>,
+        need: Need,
+        mut idle: impl FnMut(Frame) -> bool,
+    ) -> Option<Frame> {
+        let ledger = &mut self.ledger;
+        let frame = self
+            .frames
+            .alloc(near, need, |frame| ledger.look(frame, || idle(frame)));
+        self.settle(frame);
+        frame
+    }
+
+    /// As [`FrameTable::reclaim`].
+    fn reclaim(&mut self, budget: u32, mut idle: impl FnMut(Frame) -> bool) {
+        let ledger = &mut self.ledger;
+        self.frames
+            .reclaim(budget, |frame| ledger.look(frame, || idle(frame)));
+        self.settle(None);
+    }
+
+    /// What was found idle is nobody's, unless it is held. `taken` was free for a moment.
+    fn settle(&mut self, taken: Option<Frame>) {
+        while let Some(frame) = self.ledger.next_found() {
+            let state = self.frames.state(frame);
+            if taken == Some(frame) || matches!(state, Some((FrameState::Free, _))) {
+                self.ledger.forget(frame, false);
+            }
+        }
+    }
+
+    /// As [`FrameTable::hold`].
+    fn hold(&mut self, frame: Frame, bytes: u32) -> pm::Result<()> {
+        let before = self.frames.used(frame);
+        self.frames.hold(frame, bytes)?;
+        if before == 0 && bytes > 0 {
+            self.ledger.used(frame);
+        }
+        Ok(())
+    }
+
+    /// As [`FrameTable::unhold`].
+    fn unhold(&mut self, frame: Frame, bytes: u32) -> pm::Result<u32> {
+        let before = self.frames.used(frame);
+        let left = self.frames.unhold(frame, bytes)?;
+        if before > 0 && self.frames.used(frame) == 0 {
+            self.ledger.unused(frame, left > 0);
+        }
+        Ok(left)
+    }
+
+    /// As [`FrameTable::mark_bad`].
+    fn mark_bad(&mut self, frame: Frame) -> pm::Result<()> {
+        let used = self.frames.used(frame) > 0;
+        self.frames.mark_bad(frame)?;
+        self.ledger.forget(frame, used);
+        Ok(())
+    }
+}
+
 /// The frames of a store's data area.
 #[pin_data]
 pub(crate) struct FrameArea {
     first: u32,
     /// Before `pages` in the order of drops: it does not touch pages.
     #[pin]
-    table: SpinLockBh<FrameTable<KVVec<u64>>>,
+    table: SpinLockBh<Table>,
+    /// What sockets may have.
+    pub(crate) limits: Limits,
     notes: KVVec<Atomic<usize>>,
     pages: Pages,
 }
@@ -68,7 +140,11 @@ impl FrameArea {
     ) -> Result<Arc<Self>> {
         let words = FrameTable::<KVVec<u64>>::words(count);
         let buf = KVVec::from_elem(0u64, words, GFP_KERNEL)?;
-        let mut table = FrameTable::new(buf, first, count).map_err(crate::errno)?;
+        let frames = FrameTable::new(buf, first, count).map_err(crate::errno)?;
+        let mut table = Table {
+            frames,
+            ledger: Ledger::new(first.0, count)?,
+        };
         region.set_data(first.0, count);
         for at in first.0..first.0.saturating_add(count) {
             if region.is_bad(at) {
@@ -84,6 +160,7 @@ impl FrameArea {
             pin_init!(Self {
                 first: first.0,
                 table <- lock::new(table, c_str!("pmskb_frames"), static_lock_class!()),
+                limits: Limits::new(count),
                 notes,
                 pages,
             }),
@@ -117,11 +194,46 @@ impl FrameArea {
             .alloc(near, Need::New, |frame| self.idle(frame))
     }
 
+    /// As [`Self::alloc`], for a socket that is charged for it and needs `more` frames in all.
+    /// `over` is for one that may go over its limits. Any context but hard interrupts.
+    pub(crate) fn take(
+        &self,
+        near: Option<Frame>,
+        account: &Arc<Account>,
+        more: u32,
+        over: bool,
+    ) -> Result<Frame, Denied> {
+        if crate::inject::no_frame() {
+            return Err(Denied::NoFrame);
+        }
+        let mut table = self.table.lock();
+        if !over && table.ledger.room(account, &self.limits, more).is_err() {
+            table.reclaim(quota::LOOKS, |frame| self.idle(frame));
+            table.ledger.room(account, &self.limits, more)?;
+        }
+        let frame = table
+            .alloc(near, Need::New, |frame| self.idle(frame))
+            .ok_or(Denied::NoFrame)?;
+        table.ledger.charge(frame, account);
+        Ok(frame)
+    }
+
+    /// Frames that are charged to sockets. Any context but hard interrupts.
+    pub(crate) fn charged(&self) -> u32 {
+        self.table.lock().ledger.charged()
+    }
+
     /// Looks at every frame in limbo once, so that the numbers are right. Process context.
     pub(crate) fn reclaim_all(&self) {
-        let mut left = self.counts().limbo;
+        self.reclaim(u32::MAX);
+    }
+
+    /// Looks at frames in limbo, at most so many. Process context.
+    pub(crate) fn reclaim(&self, most: u32) {
+        let mut left = self.counts().limbo.min(most);
         while left > 0 {
-            let now = left.min(256);
+            // No more than the ledger has room for.
+            let now = left.min(64);
             self.table.lock().reclaim(now, |frame| self.idle(frame));
             left -= now;
         }
@@ -142,12 +254,12 @@ impl FrameArea {
     /// The owner lets go of a frame: with that its notes may go too, whoever still holds it. Any
     /// context but hard interrupts.
     pub(crate) fn leave(&self, frame: Frame) -> Result<u32> {
-        self.table.lock().leave(frame).map_err(crate::errno)
+        self.table.lock().frames.leave(frame).map_err(crate::errno)
     }
 
     /// State and holds of a frame of this store. Any context but hard interrupts.
     pub(crate) fn state(&self, frame: Frame) -> Option<(FrameState, u32)> {
-        self.table.lock().state(frame)
+        self.table.lock().frames.state(frame)
     }
 
     /// The frame is never given out again.
@@ -163,12 +275,12 @@ impl FrameArea {
 
     /// Frames by state.
     pub(crate) fn counts(&self) -> Counts {
-        self.table.lock().counts()
+        self.table.lock().frames.counts()
     }
 
     /// Frames that only deletes, compaction and recovery get.
     pub(crate) fn reserve(&self) -> u32 {
-        self.table.lock().reserve()
+        self.table.lock().frames.reserve()
     }
 
     /// The frame that a page is, if it is one of this store's. Any context.
@@ -237,6 +349,8 @@ impl FrameArea {
     pub(crate) fn release(&self) -> Result<(), u32> {
         // Without the table's lock: there may be many. Reclaim finds no page idle any more.
         self.pages.release()?;
+        let owners = self.table.lock().ledger.close();
+        drop(owners);
         if let Some(hook) = IDLE_HOOK.as_ref() {
             for at in 0..self.pages.count() {
                 if self
@@ -271,15 +385,15 @@ impl pm::Frames for Arc<FrameArea> {
     }
 
     fn claim(&self, frame: Frame, bytes: u32) -> pm::Result<()> {
-        self.table.lock().claim(frame, bytes)
+        self.table.lock().frames.claim(frame, bytes)
     }
 
     fn used(&self, frame: Frame) -> u32 {
-        self.table.lock().used(frame)
+        self.table.lock().frames.used(frame)
     }
 
     fn holds(&self, frame: Frame) -> u32 {
-        let state = self.table.lock().state(frame);
+        let state = self.table.lock().frames.state(frame);
         state.map_or(0, |(_, holds)| holds)
     }
 }
@@ -399,6 +513,81 @@ mod tests {
         assert!(note::reserve(&area, frame, 0));
         assert_eq!(area.release(), Ok(()));
         assert!(area.note(frame).is_some_and(|word| word.load(Relaxed) == 0));
+        Ok(())
+    }
+
+    #[test]
+    fn a_frame_counts_for_who_took_it_until_it_is_free_or_a_records() -> Result {
+        let (_region, area) = area()?;
+        let (one, two) = (Account::new(GFP_KERNEL)?, Account::new(GFP_KERNEL)?);
+        area.limits.socket_frames.store(4, Relaxed);
+        area.limits.store_frames.store(6, Relaxed);
+        let mut frames = [Frame(0); 4];
+        for (nr, frame) in frames.iter_mut().enumerate() {
+            assert_eq!(one.frames(), nr as u32);
+            assert_eq!(area.take(None, &one, 5, false), Err(Denied::Socket));
+            *frame = area.take(None, &one, 1, false).map_err(|_| ENOMEM)?;
+        }
+        assert_eq!(area.take(None, &one, 1, false), Err(Denied::Socket));
+        assert_eq!(area.charged(), 4);
+        // A limit of its own, above and below.
+        one.set_max(5);
+        let [a, b, c, d] = frames;
+        let extra = area.take(None, &one, 1, false).map_err(|_| ENOMEM)?;
+        assert_eq!(area.take(None, &two, 2, false), Err(Denied::Store));
+        let other = area.take(None, &two, 1, false).map_err(|_| ENOMEM)?;
+        assert_eq!(area.take(None, &two, 1, false), Err(Denied::Store));
+        let over = area.take(None, &two, 1, true).map_err(|_| ENOMEM)?;
+        assert_eq!((one.frames(), two.frames(), area.charged()), (5, 2, 7));
+        // The stack looks at it.
+        let page = area.get_page(a).ok_or(EINVAL)?;
+        area.leave(a)?;
+        area.reclaim_all();
+        assert_eq!(one.frames(), 5);
+        put(page);
+        assert_eq!(one.frames(), 5);
+        area.reclaim_all();
+        assert_eq!(one.frames(), 4);
+        // A token holds it, in limbo and after.
+        area.hold(b)?;
+        area.leave(b)?;
+        area.reclaim_all();
+        assert_eq!(one.frames(), 4);
+        area.unhold(b)?;
+        area.reclaim_all();
+        assert_eq!(one.frames(), 3);
+        // Records use it, two of them, while its cursor has it.
+        for (bytes, left) in [(100, 2), (50, 2)] {
+            pm::Frames::hold(&area, c, bytes).map_err(crate::errno)?;
+            assert_eq!(one.frames(), left);
+        }
+        pm::Frames::unhold(&area, c, 100).map_err(crate::errno)?;
+        assert_eq!(one.frames(), 2);
+        pm::Frames::unhold(&area, c, 50).map_err(crate::errno)?;
+        assert_eq!(one.frames(), 3);
+        // And when nobody else does: then it is nobody's, free or not yet.
+        pm::Frames::hold(&area, c, 10).map_err(crate::errno)?;
+        area.leave(c)?;
+        area.reclaim_all();
+        assert_eq!(one.frames(), 2);
+        pm::Frames::unhold(&area, c, 10).map_err(crate::errno)?;
+        area.reclaim_all();
+        assert_eq!(one.frames(), 2);
+        assert!(area.state(c) == Some((FrameState::Free, 0)));
+        // One with an error is never free, and counts for nobody.
+        area.mark_bad(d);
+        assert_eq!(one.frames(), 1);
+        area.unhold(d)?;
+        // Who is at a limit finds what is idle.
+        area.leave(other)?;
+        area.leave(over)?;
+        two.set_max(2);
+        assert!(area.take(None, &two, 2, false).is_ok());
+        assert_eq!(two.frames(), 1);
+        assert_eq!(area.charged(), 2);
+        area.leave(extra)?;
+        assert_eq!(area.release(), Ok(()));
+        assert_eq!(area.charged(), 0);
         Ok(())
     }
 

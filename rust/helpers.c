@@ -311,9 +311,52 @@ static ssize_t label_show(struct device *dev, struct device_attribute *attr, cha
 }
 static DEVICE_ATTR_RO(label);
 
+/* One of a store's limits. */
+struct pmskb_limit_attr {
+	struct device_attribute attr;
+	enum pmskb_limit which;
+};
+
+static ssize_t limit_show(struct device *dev, struct device_attribute *attr, char *buf)
+{
+	struct pmskb_node *node = container_of(dev_get_drvdata(dev), struct pmskb_node, misc);
+	struct pmskb_limit_attr *limit = container_of(attr, struct pmskb_limit_attr, attr);
+
+	return sysfs_emit(buf, "%u\n", pmskb_limit_get(node, limit->which));
+}
+
+static ssize_t limit_store(struct device *dev, struct device_attribute *attr, const char *buf,
+			   size_t len)
+{
+	struct pmskb_limit_attr *limit = container_of(attr, struct pmskb_limit_attr, attr);
+	struct pmskb_node *node = container_of(dev_get_drvdata(dev), struct pmskb_node, misc);
+	u32 value;
+	int err;
+
+	err = kstrtou32(buf, 0, &value);
+	if (err)
+		return err;
+	return pmskb_limit_set(node, limit->which, value) ?: len;
+}
+
+static struct pmskb_limit_attr quota_store_frames = {
+	__ATTR(quota_store_frames, 0644, limit_show, limit_store), PMSKB_LIMIT_STORE_FRAMES
+};
+
+static struct pmskb_limit_attr quota_socket_frames = {
+	__ATTR(quota_socket_frames, 0644, limit_show, limit_store), PMSKB_LIMIT_SOCKET_FRAMES
+};
+
+static struct pmskb_limit_attr quota_socket_tokens = {
+	__ATTR(quota_socket_tokens, 0644, limit_show, limit_store), PMSKB_LIMIT_SOCKET_TOKENS
+};
+
 static struct attribute *pmskb_node_attrs[] = {
 	&dev_attr_uuid.attr,
 	&dev_attr_label.attr,
+	&quota_store_frames.attr.attr,
+	&quota_socket_frames.attr.attr,
+	&quota_socket_tokens.attr.attr,
 	NULL
 };
 

@@ -66,6 +66,16 @@ struct pmskb_node {
 };
 
 const struct attribute_group **pmskb_node_groups(void);
+
+/* What a store's attributes in sysfs limit; device.rs has these two. */
+enum pmskb_limit {
+	PMSKB_LIMIT_STORE_FRAMES,
+	PMSKB_LIMIT_SOCKET_FRAMES,
+	PMSKB_LIMIT_SOCKET_TOKENS,
+};
+
+u32 pmskb_limit_get(struct pmskb_node *node, u32 which);
+int pmskb_limit_set(struct pmskb_node *node, u32 which, u32 value);
 u64 pmskb_now(void);
 void pmskb_resched(void);
 bool pmskb_signal_pending(void);

@@ -26,6 +26,7 @@
 //! | `read.rs` | from ranges of a region to iov and pipe |
 //! | `file.rs` | files of ours that are no device's |
 //! | `store.rs` | a formatted region, attached |
+//! | `quota.rs` | how many frames sockets may hold |
 //! | `frame.rs` | frames of the data area and their references |
 //! | `head.rs` | the head area: volatile skb heads |
 //! | `page.rs` | struct pages of a run of frames, and their base references |
@@ -61,6 +62,7 @@ mod place;
 #[allow(dead_code, unreachable_pub, unused_imports)]
 #[path = "core/mod.rs"]
 mod pm;
+mod quota;
 mod read;
 mod receive;
 mod region;

@@ -32,11 +32,12 @@ use crate::{
     frame::{Frame, FrameArea},
     note::{self, Note},
     pm::csum::{self, Sum},
+    quota::{Account, Denied},
     region::PAGE,
     skb::{
         self, Arriving, Facts, Fresh, Head, CHECKSUM_COMPLETE, CHECKSUM_NONE, CHECKSUM_UNNECESSARY,
     },
-    sock::{self, Family, Found, Net, Tuple},
+    sock::{self, errno, Family, Found, Net, Tuple},
     store::Store,
     udp,
 };
@@ -62,7 +63,7 @@ const SAMPLE_FIRST: u64 = 8;
 const SAMPLE_EVERY: u64 = 64;
 
 /// Why a packet was not placed: `enum pmskb_unplaced`.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Unplaced(u32);
 
 impl Unplaced {
@@ -72,12 +73,39 @@ impl Unplaced {
     const SHAPE: Self = Self(ext::pmskb_unplaced_PMSKB_UNPLACED_SHAPE);
     const SIZE: Self = Self(ext::pmskb_unplaced_PMSKB_UNPLACED_SIZE);
     const COPY: Self = Self(ext::pmskb_unplaced_PMSKB_UNPLACED_COPY);
+    const QUOTA: Self = Self(ext::pmskb_unplaced_PMSKB_UNPLACED_QUOTA);
+    const STORE_QUOTA: Self = Self(ext::pmskb_unplaced_PMSKB_UNPLACED_STORE_QUOTA);
+
+    /// Whether there are frames, but not for this socket.
+    pub(crate) fn is_quota(self) -> bool {
+        matches!(self, Self::QUOTA | Self::STORE_QUOTA)
+    }
+
+    /// What a receive that has to copy answers.
+    pub(crate) fn errno(self) -> Error {
+        match self {
+            Self::QUOTA => errno(bindings::EDQUOT),
+            _ => errno(bindings::ENOBUFS),
+        }
+    }
+}
+
+impl From<Denied> for Unplaced {
+    fn from(why: Denied) -> Self {
+        match why {
+            Denied::NoFrame => Self::NO_FRAME,
+            Denied::Socket => Self::QUOTA,
+            Denied::Store => Self::STORE_QUOTA,
+        }
+    }
 }
 
 // ---- the cursor ----
 
 /// Where a socket's next byte goes: a frame, held, and a position in it.
 pub(crate) struct Cursor {
+    /// What its frames are charged to; none if the socket has no store.
+    account: Option<Arc<Account>>,
     frame: Option<Frame>,
     pos: u32,
     notes: u32,
@@ -151,9 +179,10 @@ impl Room {
 }
 
 impl Cursor {
-    /// No frame yet.
+    /// Of no store.
     pub(crate) const fn new() -> Self {
         Self {
+            account: None,
             frame: None,
             pos: 0,
             notes: 0,
@@ -161,7 +190,20 @@ impl Cursor {
         }
     }
 
-    /// The cursor, leaving an empty one.
+    /// One that has no frame yet.
+    pub(crate) fn of(account: Arc<Account>) -> Self {
+        Self {
+            account: Some(account),
+            ..Self::new()
+        }
+    }
+
+    /// What its frames are charged to.
+    pub(crate) fn account(&self) -> Option<&Account> {
+        self.account.as_deref()
+    }
+
+    /// The cursor, leaving one of no store.
     pub(crate) fn take(&mut self) -> Self {
         core::mem::replace(self, Self::new())
     }
@@ -184,8 +226,15 @@ impl Cursor {
         *self = Self::new();
     }
 
-    /// Finds room for `len` bytes, memory for the notes included. Softirq, or process context.
-    pub(crate) fn reserve(&mut self, area: &FrameArea, len: u32) -> Result<Room, Unplaced> {
+    /// Finds room for `len` bytes, memory for the notes included; with `over` even if that is more
+    /// than the socket may have. Softirq, or process context.
+    pub(crate) fn reserve(
+        &mut self,
+        area: &FrameArea,
+        len: u32,
+        over: bool,
+    ) -> Result<Room, Unplaced> {
+        let account = self.account.as_ref().ok_or(Unplaced::NO_FRAME)?;
         let max = MAX_PIECES.min(skb::max_frags());
         let mut room = Room {
             spans: [Span {
@@ -218,9 +267,13 @@ impl Cursor {
                 self.cancel(area, room);
                 return Err(Unplaced::SIZE);
             }
-            let Some(frame) = area.alloc(near) else {
-                self.cancel(area, room);
-                return Err(Unplaced::NO_FRAME);
+            let more = left.div_ceil(PAGE as u32);
+            let frame = match area.take(near, account, more, over) {
+                Ok(frame) => frame,
+                Err(why) => {
+                    self.cancel(area, room);
+                    return Err(why.into());
+                }
             };
             let len = left.min(PAGE as u32);
             room.push(frame, 0, len);
@@ -565,7 +618,7 @@ fn place(
     };
 
     let area = store.frames();
-    let mut room = rx.cursor.reserve(area, segment.len)?;
+    let mut room = rx.cursor.reserve(area, segment.len, false)?;
     let filled = fill(skb, segment, &room, area, read).and_then(|sum| {
         let fresh = body(skb, front, headers, store, &room)?;
         Ok((sum, fresh))

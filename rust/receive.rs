@@ -9,8 +9,9 @@
 //! - Waiting, `SO_RCVLOWAT`, `SO_RCVTIMEO`, `MSG_DONTWAIT`, `MSG_WAITALL`, signals and errors are
 //!   as in any receive; what has been described is never lost to an error.
 //! - Urgent data ends a receive; out of line its byte is skipped, as `recv()` does.
-//! - `ENOBUFS`: no frames to copy into, or too many tokens. Nothing was consumed. `EIO`: the store
-//!   is gone. `EOPNOTSUPP`: `MSG_PEEK`.
+//! - `EDQUOT`: the socket holds as many tokens as it may, or as many frames and has to copy.
+//!   `ENOBUFS`: no frames to copy into. Nothing was consumed. `EIO`: the store is gone.
+//!   `EOPNOTSUPP`: `MSG_PEEK`.
 //!
 //! Process context, under the socket's lock.
 

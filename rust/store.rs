@@ -108,6 +108,7 @@ pub(crate) struct Counters {
     pub(crate) computed: Count,
     pub(crate) computed_bytes: Count,
     pub(crate) mismatch: Count,
+    pub(crate) refused: Count,
     pub(crate) logged_bytes: Count,
 }
 
@@ -152,6 +153,7 @@ impl Counters {
             computed: self.computed.get(),
             computed_bytes: self.computed_bytes.get(),
             mismatch: self.mismatch.get(),
+            refused: self.refused.get(),
             logged_bytes: self.logged_bytes.get(),
             ..Default::default()
         };
@@ -408,6 +410,7 @@ impl Store {
         let used = stats.record_frames + stats.list_frames + stats.index_frames;
         let used = used + u64::from(counts.payload);
         let geo = &self.geometry;
+        let limits = &self.frames.limits;
         let mut label = [0; 32];
         label.copy_from_slice(&self.label);
         Ok(ext::pmskb_store_info {
@@ -455,6 +458,10 @@ impl Store {
             fences,
             submits: self.submits.get(),
             counters: self.counters.get(),
+            frames_sockets: self.frames.charged().into(),
+            quota_store_frames: limits.store_frames.load(Relaxed).into(),
+            quota_socket_frames: limits.socket_frames.load(Relaxed).into(),
+            quota_socket_tokens: limits.socket_tokens.load(Relaxed).into(),
         })
     }
 

@@ -16,7 +16,7 @@ use crate::{
 };
 use kernel::{bindings, prelude::*};
 
-/// Tokens that a socket can have at once; then receive answers `ENOBUFS`.
+/// Tokens that a socket can have at once, whatever its quota.
 pub(crate) const MAX: usize = 65_536;
 /// Slots at first.
 const FIRST: usize = 64;
@@ -99,10 +99,10 @@ impl Tokens {
     /// A token for `held`, whose hold it takes over; of a UDP socket with the datagram's addresses.
     /// Process context.
     ///
-    /// `ENOBUFS` if the socket has [`MAX`] tokens, `ENOMEM`; then the hold is still the caller's.
+    /// `EDQUOT` if the socket has [`MAX`] tokens, `ENOMEM`; then the hold is still the caller's.
     pub(crate) fn add(&mut self, held: Held, flow: Option<&Flow>) -> Result<u32> {
         if self.count >= MAX {
-            return Err(Error::from_errno(-(bindings::ENOBUFS as i32)));
+            return Err(errno(bindings::EDQUOT));
         }
         // At most three quarters full, so that a free slot is near. Old tokens that are kept may
         // still lie in a row; it cannot be longer than the table.
@@ -125,7 +125,7 @@ impl Tokens {
                 return Ok(token);
             }
         }
-        Err(Error::from_errno(-(bindings::ENOBUFS as i32)))
+        Err(errno(bindings::EDQUOT))
     }
 
     /// What a token holds. `ESTALE` if it is not one of this socket's.
@@ -306,12 +306,12 @@ mod tests {
         for n in 0..MAX as u32 {
             tokens.add(held(n), None)?;
         }
-        assert!(is(bindings::ENOBUFS, tokens.add(held(0), None)));
+        assert!(is(bindings::EDQUOT, tokens.add(held(0), None)));
         assert_eq!(tokens.count(), MAX);
         assert_eq!(tokens.take(4711)?.frame.0, 4710);
         let token = tokens.add(held(5), None)?;
         assert_eq!(tokens.get(token)?.frame.0, 5);
-        assert!(is(bindings::ENOBUFS, tokens.add(held(0), None)));
+        assert!(is(bindings::EDQUOT, tokens.add(held(0), None)));
         Ok(())
     }
 }

@@ -260,6 +260,28 @@ int store_scarce(const struct store *s, uint64_t left, int *fds, int nr)
 	return err ?: n;
 }
 
+int store_limit(const struct store *s, const char *what, unsigned long value)
+{
+	char dir[64], text[32];
+
+	snprintf(dir, sizeof(dir), "/sys/class/misc/pmskb%u", s->minor);
+	snprintf(text, sizeof(text), "%lu\n", value);
+	return write_file(dir, what, text);
+}
+
+int store_unlimited(const struct store *s)
+{
+	return store_limit(s, "quota_store_frames", UINT32_MAX) ?:
+	       store_limit(s, "quota_socket_frames", UINT32_MAX);
+}
+
+int sock_quota(int fd, uint32_t frames, uint32_t tokens)
+{
+	struct pmskb_quota q = { .frames = frames, .tokens = tokens };
+
+	return setsockopt(fd, SOL_PMSKB, PMSKB_QUOTA, &q, sizeof(q)) < 0 ? -errno : 0;
+}
+
 int store_back(const struct store *s, int ms, struct pmskb_store_info *info)
 {
 	for (ms *= slowness();; ms -= 20) {

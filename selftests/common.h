@@ -88,6 +88,11 @@ int store_back(const struct store *s, int ms, struct pmskb_store_info *info);
  * descriptors it has put into fds; closing them gives the frames back.
  */
 int store_scarce(const struct store *s, uint64_t left, int *fds, int nr);
+/* Sets a limit of the store, quota_* in sysfs; returns 0 or -errno. */
+int store_limit(const struct store *s, const char *what, unsigned long value);
+/* Sockets may have all frames: for tests that want none left. */
+int store_unlimited(const struct store *s);
+int sock_quota(int fd, uint32_t frames, uint32_t tokens);
 /* Waits until nothing is left of sockets but records. */
 int store_drained(const struct store *s, struct pmskb_store_info *info);
 

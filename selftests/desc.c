@@ -682,6 +682,7 @@ FIXTURE_SETUP(tight)
 	/* About 8 MiB of data frames, 2000 of them. */
 	ASSERT_EQ(0, store_make(&self->s, DEV_PMEM, 0, ((len >> 20) - 12) << 20));
 	ASSERT_GT(4096, self->s.info.frames_total);
+	ASSERT_EQ(0, store_unlimited(&self->s));
 	ASSERT_EQ(0, conn_make(&self->c, &net, self->s.fd, HOW_ACCEPTED_IOCTL));
 	ASSERT_EQ(0, sock_mode(self->c.s, PMSKB_RX_DESC));
 }

@@ -545,6 +545,14 @@ TEST_F_TIMEOUT(faults, options_that_fail_change_nothing, 300)
 		sweep_end(&info, err);
 		EXPECT_TRUE(err || si.rx_mode == PMSKB_RX_DESC);
 	}
+	SWEEP(quota, "QUOTA", EFAULT, ENOMEM) {
+		ASSERT_EQ(0, sock_quota(c.s, 0, 0));
+		sweep_arm(&quota);
+		err = sock_quota(c.s, 500, 1000);
+		sweep_end(&quota, err);
+		ASSERT_EQ(0, sock_info(c.s, &si));
+		EXPECT_EQ(!err, si.quota_frames == 500 && si.quota_tokens == 1000);
+	}
 	SWEEP(rel, "RELEASE", EFAULT, ENOMEM) {
 		/* Two tokens at least. */
 		ASSERT_EQ(0, send_all(c.c, bytes, 6000));

@@ -53,7 +53,11 @@
 	STRUCT(pmskb_uring, 16) \
 		FIELD(pmskb_uring, arg, 0, 8) \
 		FIELD(pmskb_uring, reserved, 8, 8) \
-	STRUCT(pmskb_counters, 136) \
+	STRUCT(pmskb_quota, 16) \
+		FIELD(pmskb_quota, frames, 0, 4) \
+		FIELD(pmskb_quota, tokens, 4, 4) \
+		FIELD(pmskb_quota, reserved, 8, 8) \
+	STRUCT(pmskb_counters, 144) \
 		FIELD(pmskb_counters, placed, 0, 8) \
 		FIELD(pmskb_counters, placed_bytes, 8, 8) \
 		FIELD(pmskb_counters, unplaced, 16, 64) \
@@ -63,13 +67,16 @@
 		FIELD(pmskb_counters, computed, 104, 8) \
 		FIELD(pmskb_counters, computed_bytes, 112, 8) \
 		FIELD(pmskb_counters, mismatch, 120, 8) \
-		FIELD(pmskb_counters, logged_bytes, 128, 8) \
-	STRUCT(pmskb_sock_info, 152) \
+		FIELD(pmskb_counters, refused, 128, 8) \
+		FIELD(pmskb_counters, logged_bytes, 136, 8) \
+	STRUCT(pmskb_sock_info, 168) \
 		FIELD(pmskb_sock_info, store, 0, 4) \
 		FIELD(pmskb_sock_info, rx_mode, 4, 4) \
 		FIELD(pmskb_sock_info, tokens, 8, 4) \
-		FIELD(pmskb_sock_info, reserved, 12, 4) \
-		FIELD(pmskb_sock_info, counters, 16, 136) \
+		FIELD(pmskb_sock_info, frames, 12, 4) \
+		FIELD(pmskb_sock_info, quota_frames, 16, 4) \
+		FIELD(pmskb_sock_info, quota_tokens, 20, 4) \
+		FIELD(pmskb_sock_info, counters, 24, 144) \
 	STRUCT(pmskb_format, 96) \
 		FIELD(pmskb_format, fd, 0, 4) \
 		FIELD(pmskb_format, flags, 4, 4) \
@@ -104,7 +111,7 @@
 		FIELD(pmskb_alloc, fd, 8, 4) \
 		FIELD(pmskb_alloc, flags, 12, 4) \
 		FIELD(pmskb_alloc, reserved, 16, 16) \
-	STRUCT(pmskb_store_info, 448) \
+	STRUCT(pmskb_store_info, 488) \
 		FIELD(pmskb_store_info, uuid, 0, 16) \
 		FIELD(pmskb_store_info, label, 16, 32) \
 		FIELD(pmskb_store_info, minor, 48, 4) \
@@ -141,7 +148,11 @@
 		FIELD(pmskb_store_info, lines_flushed, 288, 8) \
 		FIELD(pmskb_store_info, fences, 296, 8) \
 		FIELD(pmskb_store_info, submits, 304, 8) \
-		FIELD(pmskb_store_info, counters, 312, 136) \
+		FIELD(pmskb_store_info, counters, 312, 144) \
+		FIELD(pmskb_store_info, frames_sockets, 456, 8) \
+		FIELD(pmskb_store_info, quota_store_frames, 464, 8) \
+		FIELD(pmskb_store_info, quota_socket_frames, 472, 8) \
+		FIELD(pmskb_store_info, quota_socket_tokens, 480, 8) \
 	STRUCT(pmskb_compact, 48) \
 		FIELD(pmskb_compact, from, 0, 8) \
 		FIELD(pmskb_compact, steps, 8, 4) \

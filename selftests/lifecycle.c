@@ -791,6 +791,7 @@ TEST(frames_with_errors_known_at_attach_are_counted_and_never_used)
 
 	ASSERT_EQ(0, store_open(&s, DEV_PMEM));
 	EXPECT_EQ(ARRAY_LEN(bad_frames), s.info.frames_bad);
+	ASSERT_EQ(0, store_unlimited(&s));
 	ASSERT_EQ(0, conn_make(&c, &net, s.fd, HOW_ACCEPTED_IOCTL));
 	ASSERT_EQ(0, sock_mode(c.s, PMSKB_RX_DESC));
 	/* All frames but those, held by tokens. */

@@ -1440,6 +1440,7 @@ TEST_F_TIMEOUT(dgram, out_of_frames_nothing_is_lost, 120)
 	ASSERT_EQ(0, store_close(&self->s));
 	/* At most 12 MiB of data frames. */
 	ASSERT_EQ(0, store_make(&self->s, DEV_PMEM, 0, ((len >> 20) - 12) << 20));
+	ASSERT_EQ(0, store_unlimited(&self->s));
 	ASSERT_EQ(0, pair_make(&p, &self->net, true));
 	ASSERT_EQ(0, sock_attach_ioctl(p.s, self->s.fd));
 	ASSERT_EQ(0, sock_mode(p.s, PMSKB_RX_DESC));

@@ -53,6 +53,11 @@
  * sockets inherit it.
  */
 #define PMSKB_CRC32C		6
+/**
+ * PMSKB_QUOTA - set, get: &struct pmskb_quota. More than is the store's default, and than
+ * the socket has, needs CAP_NET_ADMIN (EPERM). Accepted sockets inherit it.
+ */
+#define PMSKB_QUOTA		8
 
 /**
  * PMSKB_AUTO_PERSIST - set, get: __u32, 0 or 1; of TCP. With 1, all that the socket
@@ -70,6 +75,29 @@
 enum pmskb_rx_mode {
 	PMSKB_RX_BYTES = 0,
 	PMSKB_RX_DESC = 1,
+};
+
+/** PMSKB_MIN_FRAMES - least frames of a socket's quota. */
+#define PMSKB_MIN_FRAMES	32
+/** PMSKB_MIN_TOKENS - least tokens of a socket's quota. */
+#define PMSKB_MIN_TOKENS	64
+/** PMSKB_MAX_TOKENS - most tokens of a socket. */
+#define PMSKB_MAX_TOKENS	65536
+
+/**
+ * struct pmskb_quota - what a socket may hold of its store
+ * @frames: frames with what was received and is neither read nor persisted, and those
+ *	that tokens hold; at least PMSKB_MIN_FRAMES. With as many, packets go on unplaced
+ * @tokens: tokens; PMSKB_MIN_TOKENS to PMSKB_MAX_TOKENS. With as many, a receive of
+ *	descriptors answers EDQUOT
+ * @reserved: 0
+ *
+ * Set to 0 it is what the store says, now and later. What is got is what holds now.
+ */
+struct pmskb_quota {
+	__u32 frames;
+	__u32 tokens;
+	__aligned_u64 reserved;
 };
 
 /* ---- control messages, level SOL_PMSKB ---- */
@@ -316,6 +344,8 @@ struct pmskb_uring {
  *	frags, GSO frag lists, headers that do not fit)
  * @PMSKB_UNPLACED_SIZE: more payload than one skb's frags can hold
  * @PMSKB_UNPLACED_COPY: the copy failed
+ * @PMSKB_UNPLACED_QUOTA: the socket has as many frames as it may
+ * @PMSKB_UNPLACED_STORE_QUOTA: all sockets together have as many as they may
  * @PMSKB_UNPLACED_NR: how many there are
  */
 enum pmskb_unplaced {
@@ -325,6 +355,8 @@ enum pmskb_unplaced {
 	PMSKB_UNPLACED_SHAPE = 3,
 	PMSKB_UNPLACED_SIZE = 4,
 	PMSKB_UNPLACED_COPY = 5,
+	PMSKB_UNPLACED_QUOTA = 6,
+	PMSKB_UNPLACED_STORE_QUOTA = 7,
 	PMSKB_UNPLACED_NR = 8,
 };
 
@@ -340,6 +372,8 @@ enum pmskb_unplaced {
  * @computed_bytes: payload bytes read by the CPU for a checksum; those read for a
  *	CRC32C as well
  * @mismatch: samples where a derived checksum was not the computed one
+ * @refused: receives of descriptors that the socket's quota ended (EDQUOT, if there was
+ *	nothing before)
  * @logged_bytes: payload bytes of which PMSKB_AUTO_PERSIST made records
  */
 struct pmskb_counters {
@@ -352,6 +386,7 @@ struct pmskb_counters {
 	__u64 computed;
 	__u64 computed_bytes;
 	__u64 mismatch;
+	__u64 refused;
 	__u64 logged_bytes;
 };
 
@@ -360,14 +395,18 @@ struct pmskb_counters {
  * @store: minor number of the store, or ~0 when not attached
  * @rx_mode: &enum pmskb_rx_mode
  * @tokens: tokens held now
- * @reserved: 0
+ * @frames: frames that count for its quota now
+ * @quota_frames: most of them
+ * @quota_tokens: most tokens
  * @counters: since the socket was attached
  */
 struct pmskb_sock_info {
 	__u32 store;
 	__u32 rx_mode;
 	__u32 tokens;
-	__u32 reserved;
+	__u32 frames;
+	__u32 quota_frames;
+	__u32 quota_tokens;
 	struct pmskb_counters counters;
 };
 
@@ -481,6 +520,10 @@ struct pmskb_detach {
  * @fences: since attach, by the module
  * @submits: submit calls since attach
  * @counters: since attach
+ * @frames_sockets: frames that count for sockets' quotas now
+ * @quota_store_frames: most of them, of all sockets together
+ * @quota_socket_frames: of one socket, unless it has a quota of its own
+ * @quota_socket_tokens: tokens of one socket, likewise
  */
 struct pmskb_store_info {
 	__u8 uuid[16];
@@ -520,6 +563,10 @@ struct pmskb_store_info {
 	__u64 fences;
 	__u64 submits;
 	struct pmskb_counters counters;
+	__u64 frames_sockets;
+	__u64 quota_store_frames;
+	__u64 quota_socket_frames;
+	__u64 quota_socket_tokens;
 };
 
 /**

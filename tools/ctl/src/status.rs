@@ -141,6 +141,7 @@ fn traffic(info: &StoreInfo) -> Vec<Row> {
         ("checksums computed", c.computed),
         ("bytes read for checksums", c.computed_bytes),
         ("checksum mismatches", c.mismatch),
+        ("receives over quota", c.refused),
         ("bytes logged by auto-persist", c.logged_bytes),
         ("submissions", info.raw.submits),
         ("lines flushed", info.raw.lines_flushed),
@@ -153,6 +154,8 @@ fn traffic(info: &StoreInfo) -> Vec<Row> {
         "  shape not handled",
         "  too large",
         "  copy failed",
+        "  socket's quota of frames",
+        "  all sockets' quota",
     ];
     for (i, ((_, index), name)) in UNPLACED.iter().zip(reasons).enumerate() {
         rows.insert(3 + i, (name, c.unplaced[*index]));
@@ -233,6 +236,17 @@ fn page(info: &StoreInfo, last: Option<(&StoreInfo, f64)>) -> String {
     line("durable up to", r.durable_seq.to_string());
     line("sockets attached", text::count(r.sockets));
     line("tokens held", text::count(r.tokens));
+    for (name, n) in [
+        ("frames not persisted", r.frames_sockets),
+        ("  quota", r.quota_store_frames),
+        ("  of one socket", r.quota_socket_frames),
+    ] {
+        line(
+            name,
+            format!("{:<12} {}", text::count(n), percent(n, r.frames_total)),
+        );
+    }
+    line("tokens of one socket", text::count(r.quota_socket_tokens));
     line("since attach", String::new());
     let before = last.map(|(l, s)| (traffic(l), s));
     for (i, (name, n)) in traffic(info).into_iter().enumerate() {
@@ -274,6 +288,7 @@ fn value(info: &StoreInfo) -> Value {
             "computed": c.computed,
             "computed_bytes": c.computed_bytes,
             "mismatch": c.mismatch,
+            "refused": c.refused,
             "logged_bytes": c.logged_bytes,
         },
     });
@@ -304,6 +319,10 @@ fn value(info: &StoreInfo) -> Value {
         "durable_seq": r.durable_seq,
         "sockets": r.sockets,
         "tokens": r.tokens,
+        "frames_sockets": r.frames_sockets,
+        "quota_store_frames": r.quota_store_frames,
+        "quota_socket_frames": r.quota_socket_frames,
+        "quota_socket_tokens": r.quota_socket_tokens,
         "lines_flushed": r.lines_flushed,
         "fences": r.fences,
         "submits": r.submits,

@@ -64,7 +64,8 @@ pub enum Done {
         /// The socket's.
         name: u64,
         /// How many bytes the descriptors describe; 0 is the end of the stream. EAGAIN: there was
-        /// no room left, and is now; ENOBUFS: no free frame in the store. Nothing is lost.
+        /// no room left, and is now; ENOBUFS: no free frame in the store; EDQUOT: the socket
+        /// holds as much as it may. Nothing is lost.
         bytes: io::Result<usize>,
         /// The request goes on.
         more: bool,

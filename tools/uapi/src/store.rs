@@ -55,13 +55,15 @@ pub struct Scrubbed {
 const SCRUB_BAD: usize = 256;
 
 /// Names of the reasons why a packet was not placed, by `enum pmskb_unplaced`.
-pub const UNPLACED: [(&str, usize); 6] = [
+pub const UNPLACED: [(&str, usize); 8] = [
     ("no_frame", sys::PMSKB_UNPLACED_NO_FRAME as usize),
     ("no_head", sys::PMSKB_UNPLACED_NO_HEAD as usize),
     ("no_mem", sys::PMSKB_UNPLACED_NO_MEM as usize),
     ("shape", sys::PMSKB_UNPLACED_SHAPE as usize),
     ("size", sys::PMSKB_UNPLACED_SIZE as usize),
     ("copy", sys::PMSKB_UNPLACED_COPY as usize),
+    ("quota", sys::PMSKB_UNPLACED_QUOTA as usize),
+    ("store_quota", sys::PMSKB_UNPLACED_STORE_QUOTA as usize),
 ];
 
 /// `struct pmskb_counters`.
