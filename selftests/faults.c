@@ -1324,8 +1324,10 @@ TEST_F_TIMEOUT(faults, traffic_survives_whatever_allocation_fails, 600)
 
 		ASSERT_EQ(0, conn_make(&c, &lo, self->world.s.fd, HOW_ACCEPTED_IOCTL));
 		why = inject_every(nths[i]);
-		if (why)
+		if (why) {
+			conn_close(&c);
 			SKIP(return, "%s", why);
+		}
 		for (round = 0; round < 8; round++) {
 			ASSERT_EQ(0, sock_mode(c.s, PMSKB_RX_BYTES));
 			ASSERT_EQ(0, send_all(c.c, out, sizeof(out)));
