@@ -27,7 +27,7 @@ use crate::{
     lock::{self, SpinLockBh},
     place::{self, Cursor, HookUse},
     quota::{self, Account},
-    sock::{errno, Flow, Locked, Net, OptVal, SocketFile, Transport},
+    sock::{errno, Flow, Kept, Locked, Net, OptVal, SocketFile, Transport},
     store::{Counters, Store},
     submit,
     token::{self, Held, Tokens},
@@ -66,8 +66,11 @@ pub(crate) struct Own {
     pub(crate) cursor: Cursor,
     /// Datagrams copied so far.
     pub(crate) copied: u32,
-    /// With auto-persist: the sequence number up to which there are records, if there are any.
+    /// With auto-persist, of TCP: the sequence number up to which there are records, if there are
+    /// any.
     pub(crate) logged: Option<u32>,
+    /// Of UDP: the last datagram that has a record. While it is in the queue, so have those before.
+    pub(crate) recorded: Option<Kept>,
 }
 
 impl Own {
@@ -79,6 +82,7 @@ impl Own {
             cursor: Cursor::new(),
             copied: 0,
             logged: None,
+            recorded: None,
         }
     }
 }
@@ -122,6 +126,8 @@ pub(crate) struct Ctx {
     mode: Atomic<u32>,
     /// `PMSKB_CRC32C`.
     crc32c: Atomic<u32>,
+    /// `PMSKB_RX_COPY`.
+    copy: Atomic<u32>,
     /// `PMSKB_QUOTA`: of frames and tokens; 0: what the store says.
     quota: [Atomic<u32>; 2],
     tokens: Atomic<u32>,
@@ -175,6 +181,7 @@ impl Ctx {
                 not_before: Atomic::new(crate::host::jiffies()),
                 mode: Atomic::new(ext::pmskb_rx_mode_PMSKB_RX_BYTES),
                 crc32c: Atomic::new(0),
+                copy: Atomic::new(0),
                 quota: [const { Atomic::new(0) }; 2],
                 tokens: Atomic::new(0),
                 minor: Atomic::new(u32::MAX),
@@ -216,6 +223,7 @@ impl Ctx {
         let ctx = unsafe { &*raw };
         ctx.mode.store(self.mode(), Relaxed);
         ctx.crc32c.store(self.crc32c.load(Relaxed), Relaxed);
+        ctx.copy.store(self.copy.load(Relaxed), Relaxed);
         ctx.auto.store(self.auto.load(Relaxed), Relaxed);
         for (to, from) in ctx.quota.iter().zip(&self.quota) {
             to.store(from.load(Relaxed), Relaxed);
@@ -274,6 +282,16 @@ impl Ctx {
     #[inline]
     pub(crate) fn auto(&self) -> bool {
         self.auto.load(Relaxed) != 0
+    }
+
+    /// Which protocol it is of. Any context.
+    pub(crate) fn transport(&self) -> Transport {
+        self.transport
+    }
+
+    /// How many of the first bytes that a receive describes are copied, too. Any context.
+    pub(crate) fn copies(&self) -> usize {
+        self.copy.load(Relaxed) as usize
     }
 
     /// Whether packets get a CRC32C, and puts of them. Any context.
@@ -420,6 +438,7 @@ impl Ctx {
         cursor.release(store.frames());
         own.cursor.release(store.frames());
         own.tokens.clear(store.frames());
+        own.recorded = None;
         self.tokens_changed(own);
         self.minor.store(u32::MAX, Relaxed);
         {
@@ -840,6 +859,17 @@ pub(crate) unsafe fn set_option(
             ctx.crc32c.store(on, Relaxed);
             Ok(0)
         }
+        ext::PMSKB_RX_COPY => {
+            let bytes = value.read::<u32>()?;
+            if bytes > ext::PMSKB_MAX_RX_COPY {
+                return Err(EINVAL);
+            }
+            // SAFETY: As the caller says.
+            let locked = unsafe { Locked::new(sk) };
+            let ctx = locked.ctx().ok_or(errno(bindings::EUNATCH))?;
+            ctx.copy.store(bytes, Relaxed);
+            Ok(0)
+        }
         ext::PMSKB_AUTO_PERSIST => {
             let on = value.read::<u32>()?;
             if on > 1 {
@@ -848,23 +878,26 @@ pub(crate) unsafe fn set_option(
             if on == 0 {
                 // Whatever became of its store.
                 // SAFETY: As the caller says.
-                let locked = unsafe { Locked::new(sk) };
+                let mut locked = unsafe { Locked::new(sk) };
                 let ctx = locked.ctx().ok_or(errno(bindings::EUNATCH))?;
                 ctx.auto.store(0, Relaxed);
+                ctx.own(&mut locked).recorded = None;
                 return Ok(0);
             }
             // SAFETY: As the caller says.
             let mut attached = unsafe { attached(sk)? };
-            if attached.transport() != Transport::Tcp {
-                return Err(errno(bindings::EOPNOTSUPP));
+            match attached.transport() {
+                // SAFETY: It is a TCP socket of ours, locked, and its file is open.
+                Transport::Tcp => unsafe { ulp::guard(sk) }?,
+                // SAFETY: It is a UDP socket of ours, locked.
+                Transport::Udp => unsafe { udp::listen(sk) }?,
             }
-            // SAFETY: It is a TCP socket of ours, locked, and its file is open.
-            unsafe { ulp::guard(sk) }?;
             let ctx = attached.ctx;
             if ctx.auto.xchg(1, Relaxed) == 0 {
                 // What is there already counts, too.
                 let own = ctx.own(&mut attached.locked);
                 own.logged = None;
+                own.recorded = None;
                 auto::arrived(ctx);
             }
             Ok(0)
@@ -933,16 +966,18 @@ pub(crate) unsafe fn get_option(
 ) -> Result {
     let room = UserSlice::new(len, 4).reader().read::<i32>()?;
     let room = usize::try_from(room).map_err(|_| EINVAL)?;
-    let (info, crc32c, auto) = {
+    let (info, crc32c, auto, copy) = {
         // SAFETY: As the caller says.
         let locked = unsafe { Locked::new(sk) };
         let ctx = locked.ctx().ok_or(errno(bindings::EUNATCH))?;
         let relaxed = |flag: &Atomic<u32>| flag.load(Relaxed);
-        (ctx.info(), relaxed(&ctx.crc32c), relaxed(&ctx.auto))
+        let [crc32c, auto, copy] = [&ctx.crc32c, &ctx.auto, &ctx.copy].map(relaxed);
+        (ctx.info(), crc32c, auto, copy)
     };
     let size = match name {
         ext::PMSKB_CRC32C => put(to, room, &crc32c)?,
         ext::PMSKB_AUTO_PERSIST => put(to, room, &auto)?,
+        ext::PMSKB_RX_COPY => put(to, room, &copy)?,
         ext::PMSKB_RX_MODE => put(to, room, &info.rx_mode)?,
         ext::PMSKB_INFO => put(to, room, &Plain(info))?,
         ext::PMSKB_QUOTA if info.store == u32::MAX => return Err(errno(bindings::EUNATCH)),

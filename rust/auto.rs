@@ -1,19 +1,25 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! `PMSKB_AUTO_PERSIST`: what TCP has accepted is in the log before anybody gets it.
+//! `PMSKB_AUTO_PERSIST`: what the transport has accepted is in the log before anybody gets it.
 //!
-//! What is in the receive queue was accepted: in order, checked, acknowledged. [`persist`] makes log
-//! records of what is there and has none yet, one record a packet, with the packet's checksum, stamp,
-//! flow and sequence number; where each call stands is a sequence number (`Own::logged`). A receive in
-//! bytes persists first, and then lets TCP's own code give out as much as that was; one in
-//! descriptors does the same under one lock (`receive.rs`).
+//! What is in TCP's receive queue was accepted: in order, checked, acknowledged. [`persist`] makes
+//! log records of what is there and has none yet, one record a packet, with the packet's checksum,
+//! stamp, flow and sequence number; where each call stands is a sequence number (`Own::logged`). A
+//! receive in bytes persists first, and then lets TCP's own code give out as much as that was; one
+//! in descriptors does the same under one lock (`receive.rs`).
 //!
-//! - Reading calls take turns (`Ctx::turn`): what TCP's code gives out after ours has let go of the
-//!   socket's lock must be what ours has persisted.
-//! - For a socket that nobody reads there is a work item: the hook that sees a packet puts the
-//!   socket on a list ([`attach::wait`]), and 10 ms later what came is persisted. A packet may still
-//!   be on its way from the hook to the queue then, so a socket stays on the list for two ticks.
-//!   One that somebody has locked, for as long as he likes, is passed over.
+//! What is in UDP's was not always checked: [`persist_datagrams`] does it, and makes a record of each
+//! that is right; of those that came as one packet, one each. Which of them have one is a reference
+//! of the last that does (`Own::recorded`), which whoever takes datagrams out cannot make wrong.
+//! Receives of either kind are `datagram.rs`.
+//!
+//! - Calls that read from TCP take turns (`Ctx::turn`): what TCP's code gives out after ours has let
+//!   go of the socket's lock must be what ours has persisted.
+//! - For a socket that nobody reads there is a work item: the hook that sees a packet of TCP puts
+//!   the socket on a list ([`attach::wait`]), as does UDP when it has queued one, and 10 ms later
+//!   what came is persisted. A packet may still be on its way from the hook to the queue then, so a
+//!   socket of TCP stays on the list for two ticks. One that somebody has locked, for as long as he
+//!   likes, is passed over.
 //! - `close()` and a disconnect persist what is left.
 //! - If a record cannot be made, the receive fails with that errno (`ENOSPC`, `ENOBUFS`, `ENOMEM`),
 //!   nothing is given out or lost, the window closes, and the work item tries again each second.
@@ -21,18 +27,19 @@
 //! Process context. The order: a turn, the socket's lock, the store's.
 
 use crate::{
-    attach::{self, Ctx},
+    attach::{self, Ctx, Own},
     bindings as ext,
     descriptor::{Control, Source},
-    host,
+    host, place, receive,
     skb::Queued,
-    sock::{self, errno, Stream},
-    submit::Log,
+    sock::{self, errno, Datagram, Locked, Stream, Transport},
+    store::Store,
+    submit::{Log, Logged},
 };
 use core::ptr::NonNull;
 use kernel::{
     bindings,
-    ffi::{c_int, c_long},
+    ffi::c_int,
     prelude::*,
     sync::{atomic::Relaxed, rcu},
 };
@@ -45,6 +52,8 @@ const RETRY: u32 = 1000;
 const UNACCEPTED: u32 = 100;
 /// Ticks that a packet may need from the hook to the receive queue.
 const ON_ITS_WAY: usize = 2;
+/// Batches of datagrams that are made records of in one go.
+const MOST_BATCHES: u32 = 1 << 14;
 
 /// `proto.recvmsg`.
 pub(crate) type Recv =
@@ -81,7 +90,7 @@ fn batch(locked: &mut Stream<'_>, ctx: &Ctx, from: u32) -> (u32, Result) {
         Ok(inside) => inside,
         Err(e) => return (0, Err(e)),
     };
-    let mut log = Log::new(&store, &locked.flow(), ctx.crc32c(&store));
+    let mut log = Log::of_stream(&store, &locked.flow(), ctx.crc32c(&store));
     // Taken out while the lock is lent to the queue, and put back under the same lock.
     let mut own = ctx.take_own(locked);
     // What has a record does not count, so it can always go on.
@@ -106,9 +115,100 @@ fn batch(locked: &mut Stream<'_>, ctx: &Ctx, from: u32) -> (u32, Result) {
     });
     ctx.put_own(locked, own);
     let (done, committed) = log.commit();
-    ctx.counters.logged_bytes.add(u64::from(done));
-    store.counters.logged_bytes.add(u64::from(done));
-    (done, committed.and(looked))
+    count(ctx, &store, done);
+    (done.bytes, committed.and(looked))
+}
+
+fn count(ctx: &Ctx, store: &Store, done: Logged) {
+    for counters in [&ctx.counters, &store.counters] {
+        counters.logged_bytes.add(u64::from(done.bytes));
+    }
+}
+
+/// Whether a datagram in the queue has its record.
+pub(crate) fn is_recorded(locked: &mut Locked<'_>, ctx: &Ctx, datagram: &Datagram<'_>) -> bool {
+    let last = &ctx.own(locked).recorded;
+    last.as_ref().is_some_and(|last| datagram.is_upto(last))
+}
+
+/// Makes records of some of the datagrams that have none yet, from the first of them on; whether
+/// there were any. Those with a wrong checksum are dropped. The error, if not even the first one has
+/// its record now.
+pub(crate) fn persist_datagrams(locked: &mut Locked<'_>, ctx: &Ctx) -> Result<bool> {
+    let store = ctx.own(locked).store.clone().ok_or(EIO)?;
+    let _inside = store.enter()?;
+    let mut log = Log::of_datagrams(&store, ctx.crc32c(&store));
+    // Those that will have one, and how many records there are with each one's own.
+    let mut seen = KVVec::with_capacity(Datagram::BATCH, GFP_KERNEL)?;
+    let mut looked = Ok(());
+    let mut any = false;
+    let last = ctx.own(locked).recorded.take();
+    let batch = locked.datagrams_after(last.as_ref());
+    ctx.own(locked).recorded = last;
+    for datagram in batch {
+        any = true;
+        if log.is_full() {
+            break;
+        }
+        if !datagram.is_right() {
+            datagram.discard();
+            continue;
+        }
+        let before = log.len();
+        looked = record(&mut log, ctx, ctx.own(locked), &store, &datagram)
+            .and_then(|()| Ok(seen.push((datagram.keep(), log.len()), GFP_KERNEL)?));
+        if looked.is_err() {
+            // All of it or nothing.
+            log.truncate(before);
+            break;
+        }
+    }
+    let (done, committed) = log.commit();
+    count(ctx, &store, done);
+    let recorded = seen
+        .iter()
+        .take_while(|(_, records)| *records <= done.records);
+    match recorded.count() {
+        0 => committed.and(looked)?,
+        n => {
+            seen.truncate(n);
+            ctx.own(locked).recorded = seen.pop().map(|(last, _)| last);
+        }
+    }
+    Ok(any)
+}
+
+/// The records of a packet that is one datagram or several.
+fn record(
+    log: &mut Log<'_>,
+    ctx: &Ctx,
+    own: &mut Own,
+    store: &Store,
+    datagram: &Datagram<'_>,
+) -> Result {
+    own.copied = own.copied.wrapping_add(1);
+    let queued = datagram.queued(own.copied | 1 << 31);
+    let over = own.tokens.count() == 0;
+    let mut source = Source {
+        ctx,
+        store,
+        cursor: &mut own.cursor,
+    };
+    let (flow, stamp) = (datagram.flow(), place::stamp(&queued.facts()));
+    let (len, segment) = (queued.len(), queued.segment());
+    let mut at = 0u32;
+    loop {
+        let end = at.saturating_add(segment).min(len);
+        log.datagram(&flow, stamp)?;
+        while at < end {
+            let held = source.hold(&queued, at, end - at, over)?;
+            at += u32::from(held.note.len);
+            log.add(held)?;
+        }
+        if at >= len {
+            return Ok(());
+        }
+    }
 }
 
 /// `recvmsg()` in bytes of a socket with auto-persist; `base` is TCP's own.
@@ -181,7 +281,7 @@ pub(crate) unsafe fn recvmsg(
             false => locked.low_water().min(len),
         };
         let left = timeout.get_or_insert_with(|| locked.timeout(flag(bindings::MSG_DONTWAIT)));
-        let over = ended(&mut locked, *left, result.is_err());
+        let over = result.is_err() || receive::ended(&locked, *left);
         if ready > 0 && (!peek || ready >= target || over) {
             let want = ready.min(len - done);
             drop(locked);
@@ -231,16 +331,6 @@ pub(crate) unsafe fn recvmsg(
     }
 }
 
-/// There is no use in waiting for more.
-fn ended(locked: &mut Stream<'_>, timeout: c_long, failed: bool) -> bool {
-    failed
-        || timeout == 0
-        || locked.has_error()
-        || locked.is_closed()
-        || locked.stopped()
-        || sock::interrupted(timeout).is_some()
-}
-
 /// `splice()` from a socket with auto-persist: persists, and has `call` give out at most so many
 /// bytes, without waiting. Waits for the first one before, unless `noblock`.
 ///
@@ -284,7 +374,27 @@ pub(crate) unsafe fn splice(
     }
 }
 
-/// Persists what is left, before the socket is closed or disconnected.
+/// Persists what is left, before a UDP socket is closed.
+pub(crate) fn finish_datagrams(locked: &mut Locked<'_>, ctx: &Ctx) {
+    if ctx.auto() {
+        // Who closes a socket gives up what is in it.
+        let _ = all_datagrams(locked, ctx);
+    }
+}
+
+/// Makes records of all datagrams that have none; whether there may be more.
+fn all_datagrams(locked: &mut Locked<'_>, ctx: &Ctx) -> Result<bool> {
+    // As many as the socket can have, or more; what has a wrong checksum makes room for others.
+    for _ in 0..MOST_BATCHES {
+        if !persist_datagrams(locked, ctx)? {
+            return Ok(false);
+        }
+        host::resched();
+    }
+    Ok(true)
+}
+
+/// Persists what is left, before a TCP socket is closed or disconnected.
 pub(crate) fn finish(locked: &mut Stream<'_>, ctx: &Ctx) {
     if ctx.auto() {
         // Who closes a socket gives up what is in it.
@@ -292,7 +402,22 @@ pub(crate) fn finish(locked: &mut Stream<'_>, ctx: &Ctx) {
     }
 }
 
-/// A packet for a socket with auto-persist has come, and goes to TCP next. Softirq, under RCU.
+/// A datagram is in the queue of a UDP socket of ours. Softirq mostly, under RCU.
+///
+/// # Safety
+///
+/// For `sk_data_ready`.
+#[no_mangle]
+unsafe extern "C" fn pmskb_auto_came(sk: *mut ext::sock) {
+    let _rcu = rcu::read_lock();
+    // SAFETY: A full socket; RCU is held.
+    if let Some(ctx) = unsafe { Ctx::of(sk) }.filter(|ctx| ctx.auto()) {
+        arrived(ctx);
+    }
+}
+
+/// A packet for a socket with auto-persist has come, and goes to TCP next, or is in the queue of UDP.
+/// Softirq, under RCU.
 pub(crate) fn arrived(ctx: &Ctx) {
     ctx.came.store(host::jiffies(), Relaxed);
     if attach::wait(ctx) {
@@ -311,9 +436,9 @@ fn put_off(ctx: &Ctx, ms: u32) {
 ///
 /// # Safety
 ///
-/// The caller has a reference of `sk`, a TCP socket.
+/// The caller has a reference of `sk`, a TCP or UDP socket.
 unsafe fn look_after(sk: NonNull<ext::sock>) -> bool {
-    {
+    let transport = {
         let _rcu = rcu::read_lock();
         // SAFETY: As the caller says, and RCU is held.
         let Some(ctx) = (unsafe { Ctx::of(sk.as_ptr()) }) else {
@@ -329,19 +454,42 @@ unsafe fn look_after(sk: NonNull<ext::sock>) -> bool {
             put_off(ctx, UNACCEPTED);
             return true;
         }
+        ctx.transport()
+    };
+    match transport {
+        Transport::Tcp => {
+            // SAFETY: As the caller says, and it is one of TCP.
+            let Some(mut locked) = (unsafe { Stream::try_new(sk) }) else {
+                return true;
+            };
+            let Some(ctx) = locked.ctx().filter(|ctx| ctx.auto()) else {
+                return false;
+            };
+            let (_, result) = persist(&mut locked, ctx);
+            // It may be on its way still.
+            let soon = host::jiffies().wrapping_sub(ctx.came.load(Relaxed)) <= ON_ITS_WAY;
+            looked(ctx, result.map(|()| soon))
+        }
+        Transport::Udp => {
+            // SAFETY: As the caller says.
+            let Some(mut locked) = (unsafe { Locked::try_new(sk) }) else {
+                return true;
+            };
+            let Some(ctx) = locked.ctx().filter(|ctx| ctx.auto()) else {
+                return false;
+            };
+            let result = all_datagrams(&mut locked, ctx);
+            looked(ctx, result)
+        }
     }
-    // SAFETY: As the caller says.
-    let Some(mut locked) = (unsafe { Stream::try_new(sk) }) else {
-        return true;
-    };
-    let Some(ctx) = locked.ctx().filter(|ctx| ctx.auto()) else {
-        return false;
-    };
-    if persist(&mut locked, ctx).1.is_err() {
+}
+
+/// Whether there is to be another look, and not too soon if this one failed.
+fn looked(ctx: &Ctx, again: Result<bool>) -> bool {
+    again.unwrap_or_else(|_| {
         put_off(ctx, RETRY);
-        return true;
-    }
-    host::jiffies().wrapping_sub(ctx.came.load(Relaxed)) <= ON_ITS_WAY
+        true
+    })
 }
 
 /// The work item.
@@ -352,7 +500,7 @@ extern "C" fn pmskb_auto_run() {
         let Some(sk) = attach::next_waiting() else {
             break;
         };
-        // SAFETY: `next_waiting` gave us a reference; what waits is TCP's.
+        // SAFETY: `next_waiting` gave us a reference.
         let again = unsafe { look_after(sk) };
         if again {
             let _rcu = rcu::read_lock();

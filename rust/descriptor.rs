@@ -34,11 +34,12 @@ use kernel::{
 /// The message is valid, and nobody else changes it.
 pub(crate) struct Control(NonNull<bindings::msghdr>);
 
-/// Where the next control message goes.
+/// Where the next control message goes, and the next byte.
 #[derive(Clone, Copy)]
 pub(crate) struct Mark {
     at: *mut c_void,
     left: usize,
+    room: usize,
 }
 
 impl Control {
@@ -53,24 +54,57 @@ impl Control {
         Self(msg)
     }
 
-    /// Where the next control message goes.
+    /// Where the next control message goes, and the next byte.
     pub(crate) fn mark(&self) -> Mark {
+        let room = self.room();
         // SAFETY: By the type invariants; all members of the union are pointers.
         unsafe {
             let msg = self.0.as_ref();
             Mark {
                 at: msg.__bindgen_anon_1.msg_control,
                 left: msg.msg_controllen,
+                room,
             }
         }
     }
 
-    /// Takes back what was written since [`Self::mark`].
+    /// Takes back the control messages that were written since [`Self::mark`].
     pub(crate) fn rewind(&mut self, mark: Mark) {
         // SAFETY: By the type invariants.
         let msg = unsafe { self.0.as_mut() };
         msg.__bindgen_anon_1.msg_control = mark.at;
         msg.msg_controllen = mark.left;
+    }
+
+    /// Takes back the bytes, too.
+    pub(crate) fn take_back(&mut self, mark: Mark) {
+        self.rewind(mark);
+        let written = mark.room.saturating_sub(self.room());
+        // SAFETY: By the type invariants; so many were written.
+        unsafe { ext::pmskb_msg_revert(self.0.as_ptr(), written) };
+    }
+
+    /// How many bytes there is room for.
+    pub(crate) fn room(&self) -> usize {
+        // SAFETY: By the type invariants.
+        unsafe { ext::pmskb_msg_room(self.0.as_ptr()) }
+    }
+
+    /// Writes `len` bytes of a packet from `off`; there is room for them, or `EFAULT`.
+    pub(crate) fn copy(&mut self, skb: &Queued<'_>, off: u32, len: u32) -> Result {
+        // SAFETY: By the type invariants.
+        unsafe { skb.copy_to(off, len, self.0) }
+    }
+
+    /// Says that there was more than could be received.
+    pub(crate) fn truncated(&mut self) {
+        // SAFETY: By the type invariants.
+        unsafe { self.0.as_mut() }.msg_flags |= bindings::MSG_TRUNC;
+    }
+
+    /// For C, which is lent it.
+    pub(crate) fn raw(&mut self) -> NonNull<bindings::msghdr> {
+        self.0
     }
 
     /// There is room for one more.
@@ -159,6 +193,8 @@ pub(crate) struct Pass<'a> {
     pub(crate) flow: Option<&'a Flow>,
     /// Of a datagram: what was made, so that it can be taken back.
     pub(crate) made: Option<&'a mut Made>,
+    /// Bytes that are copied to the caller, too: the first ones that are described.
+    pub(crate) first: usize,
     /// Bytes that may still be described.
     pub(crate) limit: usize,
     pub(crate) end: End,
@@ -247,10 +283,18 @@ impl Pass<'_> {
             csum_kind: note.kind,
             time_source: note.source,
         };
-        if let Err(e) = self.control.put(&mut desc) {
+        let mark = self.control.mark();
+        let first = self.first.min(len as usize);
+        let told = self.control.put(&mut desc).and_then(|()| match first {
+            0 => Ok(()),
+            n => self.control.copy(skb, off, n as u32),
+        });
+        if let Err(e) = told {
+            self.control.rewind(mark);
             let _ = self.tokens.release(area, token);
             return Err(e);
         }
+        self.first -= first;
         if let Some(made) = &mut self.made {
             made.push(token);
         }

@@ -673,6 +673,12 @@ int pmskb_sk_peek_off(const struct sock *sk)
 	return READ_ONCE(sk->sk_peek_off);
 }
 
+/* Of so many received bytes from the next one on; those that were only looked at count as less. */
+void pmskb_sk_peek_moved(struct sock *sk, int n)
+{
+	sk_peek_offset_bwd(sk, n);
+}
+
 bool pmskb_tcp_urg_beyond(const struct sock *sk, u32 end)
 {
 	const struct tcp_sock *tp = tcp_sk(sk);
@@ -766,6 +772,14 @@ bool pmskb_tcp_at_urg(const struct sock *sk)
 	const struct tcp_sock *tp = tcp_sk(sk);
 
 	return tp->urg_data && tp->urg_seq == tp->copied_seq;
+}
+
+/* How many bytes there are from that one to the urgent one; more than there can be if none. */
+u32 pmskb_tcp_urg_after(const struct sock *sk, u32 seq)
+{
+	const struct tcp_sock *tp = tcp_sk(sk);
+
+	return tp->urg_data ? tp->urg_seq - seq : U32_MAX;
 }
 
 bool pmskb_tcp_in_repair(const struct sock *sk)
@@ -1181,6 +1195,9 @@ void pmskb_migrate_enable(void)
 static_assert(PMSKB_SOL_UDP == SOL_UDP && PMSKB_UDP_ENCAP == UDP_ENCAP);
 static_assert(PMSKB_SOL_IPV6 == SOL_IPV6 && PMSKB_IPV6_ADDRFORM == IPV6_ADDRFORM);
 
+/* What a socket does when something has come, if nobody has changed that. */
+static void (*pmskb_sock_ready)(struct sock *sk) __ro_after_init;
+
 /* Not all of it is exported, so a socket tells. At module init; may sleep. */
 int pmskb_udp_learn(bool v6, struct pmskb_udp_calls *calls)
 {
@@ -1192,6 +1209,7 @@ int pmskb_udp_learn(bool v6, struct pmskb_udp_calls *calls)
 		return err;
 	calls->prot = sock->sk->sk_prot;
 	calls->ops = sock->ops;
+	pmskb_sock_ready = sock->sk->sk_data_ready;
 	sock_release(sock);
 	return 0;
 }
@@ -1218,10 +1236,33 @@ int pmskb_udp_install(struct socket *sock, const struct pmskb_udp_calls *udp,
 	return err;
 }
 
+/* A datagram is in the queue. Softirq mostly, under RCU. */
+static void pmskb_udp_ready(struct sock *sk)
+{
+	pmskb_auto_came(sk);
+	pmskb_sock_ready(sk);
+}
+
+/* From here on pmskb_auto_came() hears of what comes to a socket of ours, which is locked. */
+int pmskb_udp_listen(struct sock *sk)
+{
+	int err = 0;
+
+	write_lock_bh(&sk->sk_callback_lock);
+	if (sk->sk_data_ready == pmskb_sock_ready)
+		WRITE_ONCE(sk->sk_data_ready, pmskb_udp_ready);
+	else if (sk->sk_data_ready != pmskb_udp_ready)
+		err = -EBUSY;
+	write_unlock_bh(&sk->sk_callback_lock);
+	return err;
+}
+
 /* The socket is locked, and about to be closed. */
 void pmskb_udp_restore(struct sock *sk, struct proto *udp)
 {
 	write_lock_bh(&sk->sk_callback_lock);
+	if (sk->sk_data_ready == pmskb_udp_ready)
+		WRITE_ONCE(sk->sk_data_ready, pmskb_sock_ready);
 	WRITE_ONCE(sk->sk_prot, udp);
 	rcu_assign_sk_user_data(sk, NULL);
 	write_unlock_bh(&sk->sk_callback_lock);
@@ -1272,15 +1313,63 @@ void pmskb_skb_lend_sock(struct sk_buff *skb, struct sock *sk)
 }
 
 /*
- * The first datagram, with a reference; it stays in the queue, and is on reader_queue then. NULL
- * and no error: receiving was shut down.
+ * The datagram that comes next, with a reference; it stays in the queue, and is on reader_queue
+ * then. With MSG_PEEK it is the one at SO_PEEK_OFF, and where in it that is. NULL and no error:
+ * receiving was shut down.
  */
-struct sk_buff *pmskb_udp_peek(struct sock *sk, int flags, int *err)
+struct sk_buff *pmskb_udp_peek(struct sock *sk, int flags, int *off, int *err)
 {
-	/* Wherever SO_PEEK_OFF is. */
-	int off = -1;
+	*off = sk_peek_offset(sk, flags);
+	if (*off < 0 || !(flags & MSG_PEEK))
+		*off = -1;
+	return __skb_recv_udp(sk, flags | MSG_PEEK, off, err);
+}
 
-	return __skb_recv_udp(sk, flags | MSG_PEEK, &off, err);
+/*
+ * Datagrams that come after that one (from the first one on, if it is NULL or not in the queue any
+ * more), at most max, with a reference of each. Their number; they are on reader_queue then.
+ */
+unsigned int pmskb_udp_after(struct sock *sk, const struct sk_buff *last, struct sk_buff **to,
+			     unsigned int max)
+{
+	struct sk_buff_head *queue = &udp_sk(sk)->reader_queue;
+	struct sk_buff *skb;
+	unsigned int nr = 0;
+
+	if (!sk_is_udp(sk))
+		return 0;
+	spin_lock_bh(&queue->lock);
+	spin_lock(&sk->sk_receive_queue.lock);
+	skb_queue_splice_tail_init(&sk->sk_receive_queue, queue);
+	spin_unlock(&sk->sk_receive_queue.lock);
+	skb = last && last->next ? last->next : queue->next;
+	for (; skb != (struct sk_buff *)queue && nr < max; skb = skb->next) {
+		/*
+		 * Or a peek at an empty one puts a copy in its place, if there is another reference.
+		 * With SO_PEEK_OFF it is passed over now.
+		 */
+		if (!skb->len && !skb_shared(skb))
+			skb->peeked = 1;
+		to[nr++] = skb_get(skb);
+	}
+	spin_unlock_bh(&queue->lock);
+	return nr;
+}
+
+/* Whether a datagram of reader_queue comes before that one, or is it. Not if that one is gone. */
+bool pmskb_udp_is_upto(struct sock *sk, const struct sk_buff *skb, const struct sk_buff *last)
+{
+	struct sk_buff_head *queue = &udp_sk(sk)->reader_queue;
+	const struct sk_buff *at = NULL;
+
+	spin_lock_bh(&queue->lock);
+	if (last->next && skb->next) {
+		skb_queue_walk(queue, at)
+			if (at == skb || at == last)
+				break;
+	}
+	spin_unlock_bh(&queue->lock);
+	return at == skb;
 }
 
 bool pmskb_udp_is_right(struct sk_buff *skb)
@@ -1383,15 +1472,17 @@ static void pmskb_udp4_name(struct sock *sk, struct msghdr *msg, struct sk_buff 
 }
 
 /*
- * What UDP's recvmsg() tells of a datagram beside its bytes, in the same order. It was taken
- * out of the queue; the socket is not locked.
+ * What UDP's recvmsg() tells of a datagram beside its bytes, in the same order; of one that was
+ * peeked at, or taken out of the queue. The socket is not locked. len bytes from off were received.
  */
-void pmskb_udp_tell(struct sock *sk, struct msghdr *msg, struct sk_buff *skb)
+void pmskb_udp_tell(struct sock *sk, struct msghdr *msg, struct sk_buff *skb, int off, int len,
+		    bool peeked)
 {
 	bool v4 = skb->protocol == htons(ETH_P_IP);
 	bool v6_sock = sk->sk_family == AF_INET6;
 
-	SNMP_INC_STATS(__UDPX_MIB(sk, v4), UDP_MIB_INDATAGRAMS);
+	if (!peeked)
+		SNMP_INC_STATS(__UDPX_MIB(sk, v4), UDP_MIB_INDATAGRAMS);
 	sock_recv_cmsgs(msg, sk, skb);
 	if (msg->msg_name && !v6_sock)
 		pmskb_udp4_name(sk, msg, skb);
@@ -1410,9 +1501,41 @@ void pmskb_udp_tell(struct sock *sk, struct msghdr *msg, struct sk_buff *skb)
 	}
 #endif
 	if (v4 && inet_cmsg_flags(inet_sk(sk)))
-		ip_cmsg_recv_offset(msg, sk, skb, sizeof(struct udphdr), 0);
+		ip_cmsg_recv_offset(msg, sk, skb, sizeof(struct udphdr), off);
 	if (unlikely(READ_ONCE(udp_sk(sk)->peeking_with_offset)))
-		sk_peek_offset_bwd(sk, skb->len);
+		sk_peek_offset_bwd(sk, peeked ? -len : len);
+}
+
+/* A datagram was received whose bytes could not be given out; as UDP counts it. */
+void pmskb_udp_lost(struct sock *sk, const struct sk_buff *skb)
+{
+	bool v4 = skb->protocol == htons(ETH_P_IP);
+
+	udp_drops_inc(sk);
+	SNMP_INC_STATS(__UDPX_MIB(sk, v4), UDP_MIB_INERRORS);
+}
+
+/* Received bytes for the caller, at the message's iterator. */
+int pmskb_skb_copy_to(const struct sk_buff *skb, int off, struct msghdr *msg, int len)
+{
+	return skb_copy_datagram_msg(skb, off, msg, len);
+}
+
+size_t pmskb_msg_room(struct msghdr *msg)
+{
+	return msg_data_left(msg);
+}
+
+/* Takes back what was written last. */
+void pmskb_msg_revert(struct msghdr *msg, size_t n)
+{
+	iov_iter_revert(&msg->msg_iter, n);
+}
+
+/* Of a packet that is several datagrams, payload bytes of each but the last; else 0. */
+unsigned int pmskb_skb_segment(const struct sk_buff *skb)
+{
+	return skb_shinfo(skb)->gso_size;
 }
 
 /*

@@ -205,6 +205,7 @@ int pmskb_sock_intr_errno(long timeo);
 struct sk_buff *pmskb_rx_tail(const struct sock *sk);
 void pmskb_tcp_urg_passed(struct sock *sk);
 bool pmskb_tcp_at_urg(const struct sock *sk);
+u32 pmskb_tcp_urg_after(const struct sock *sk, u32 seq);
 bool pmskb_tcp_in_repair(const struct sock *sk);
 u32 pmskb_skb_seq(const struct sk_buff *skb);
 bool pmskb_sk_is_mptcp(const struct sock *sk);
@@ -224,6 +225,10 @@ void pmskb_sock_get_zc_back(struct sock *sk);
 int pmskb_copy_from_sockptr(void *to, sockptr_t from, size_t off, size_t len);
 bool pmskb_compat_syscall(void);
 bool pmskb_cmsg_room(const struct msghdr *msg, int len);
+int pmskb_skb_copy_to(const struct sk_buff *skb, int off, struct msghdr *msg, int len);
+size_t pmskb_msg_room(struct msghdr *msg);
+void pmskb_msg_revert(struct msghdr *msg, size_t n);
+unsigned int pmskb_skb_segment(const struct sk_buff *skb);
 struct socket *pmskb_socket_get(int fd, int *err);
 void pmskb_socket_put(struct socket *sock);
 void pmskb_lock_sock(struct sock *sk);
@@ -236,6 +241,7 @@ int pmskb_net_start(void);
 void pmskb_net_stop(void);
 void pmskb_net_reap_later(void);
 void pmskb_auto_run(void);
+void pmskb_auto_came(struct sock *sk);
 void pmskb_auto_queue(unsigned int ms);
 void pmskb_auto_stop(void);
 struct sk_buff *pmskb_rx_next(const struct sock *sk, const struct sk_buff *skb);
@@ -243,6 +249,7 @@ void pmskb_sk_busy_loop(struct sock *sk, bool nonblock);
 bool pmskb_sk_has_socket(const struct sock *sk);
 bool pmskb_trylock_sock(struct sock *sk);
 int pmskb_sk_peek_off(const struct sock *sk);
+void pmskb_sk_peek_moved(struct sock *sk, int n);
 bool pmskb_tcp_urg_beyond(const struct sock *sk, u32 end);
 unsigned long pmskb_jiffies(void);
 unsigned long pmskb_ms(unsigned int ms);
@@ -286,6 +293,7 @@ struct pmskb_udp_calls {
 int pmskb_udp_learn(bool v6, struct pmskb_udp_calls *calls);
 int pmskb_udp_install(struct socket *sock, const struct pmskb_udp_calls *udp,
 		      const struct pmskb_udp_calls *ours, void *data);
+int pmskb_udp_listen(struct sock *sk);
 void pmskb_udp_restore(struct sock *sk, struct proto *udp);
 void *pmskb_udp_data(const struct sock *sk);
 struct sock *pmskb_udp4_lookup(struct net *net, struct sk_buff *skb, __be32 saddr, __be16 sport,
@@ -294,11 +302,16 @@ struct sock *pmskb_udp6_lookup(struct net *net, struct sk_buff *skb,
 			       const struct in6_addr *saddr, __be16 sport,
 			       const struct in6_addr *daddr, __be16 dport, int dif, int sdif);
 void pmskb_skb_lend_sock(struct sk_buff *skb, struct sock *sk);
-struct sk_buff *pmskb_udp_peek(struct sock *sk, int flags, int *err);
+struct sk_buff *pmskb_udp_peek(struct sock *sk, int flags, int *off, int *err);
+unsigned int pmskb_udp_after(struct sock *sk, const struct sk_buff *last, struct sk_buff **to,
+			     unsigned int max);
+bool pmskb_udp_is_upto(struct sock *sk, const struct sk_buff *skb, const struct sk_buff *last);
 bool pmskb_udp_is_right(struct sk_buff *skb);
 void pmskb_udp_discard(struct sock *sk, struct sk_buff *skb);
 bool pmskb_udp_take(struct sock *sk, struct sk_buff *skb);
-void pmskb_udp_tell(struct sock *sk, struct msghdr *msg, struct sk_buff *skb);
+void pmskb_udp_tell(struct sock *sk, struct msghdr *msg, struct sk_buff *skb, int off, int len,
+		    bool peeked);
+void pmskb_udp_lost(struct sock *sk, const struct sk_buff *skb);
 bool pmskb_udp_tell_mtu(struct sock *sk, struct msghdr *msg);
 void pmskb_udp_flow(const struct sk_buff *skb, struct pmskb_flow *flow);
 bool pmskb_udp_drop_queues(struct sock *sk);

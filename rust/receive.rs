@@ -2,8 +2,10 @@
 
 //! `recvmsg()` of a TCP socket in descriptor mode.
 //!
-//! - The answer is the number of bytes described; they are consumed, and nothing is written to
-//!   the iovec. Its length, if it is not 0, bounds how many bytes are described.
+//! - The answer is the number of bytes described; they are consumed, unless this is a `MSG_PEEK`,
+//!   whose tokens are its own. Nothing is written to the iovec, but the first bytes if
+//!   `PMSKB_RX_COPY` says so; if it does not, its length bounds how many bytes are described, if it
+//!   is not 0.
 //! - Only whole control messages are written. `EMSGSIZE` if data is waiting and there is no room
 //!   for one.
 //! - Waiting, `SO_RCVLOWAT`, `SO_RCVTIMEO`, `MSG_DONTWAIT`, `MSG_WAITALL`, signals and errors are
@@ -11,7 +13,6 @@
 //! - Urgent data ends a receive; out of line its byte is skipped, as `recv()` does.
 //! - `EDQUOT`: the socket holds as many tokens as it may, or as many frames and has to copy.
 //!   `ENOBUFS`: no frames to copy into. Nothing was consumed. `EIO`: the store is gone.
-//!   `EOPNOTSUPP`: `MSG_PEEK`.
 //!
 //! Process context, under the socket's lock.
 
@@ -23,24 +24,41 @@ use crate::{
     sock::{self, errno, Stream},
 };
 use core::ptr::NonNull;
-use kernel::{bindings, ffi::c_int, prelude::*};
+use kernel::{
+    bindings,
+    ffi::{c_int, c_long},
+    prelude::*,
+};
 
-/// Describes what is in the receive queue now: bytes, and why it ended.
+/// Where a receive stands.
+struct Progress {
+    /// Bytes described.
+    done: usize,
+    /// Bytes that are still to be copied, too.
+    first: usize,
+    /// Of a peek, how far from the next byte on it has come: an urgent byte may be between.
+    peeked: Option<usize>,
+}
+
+/// Describes what is in the receive queue now, at most `limit` bytes: why it ended.
 fn pass(
     locked: &mut Stream<'_>,
     ctx: &Ctx,
     control: &mut Control,
+    progress: &mut Progress,
     mut limit: usize,
-) -> Result<(usize, End)> {
+) -> Result<End> {
+    let peeked = progress.peeked;
     if ctx.auto() {
         let (ready, result) = auto::persist(locked, ctx);
-        if ready == 0 {
+        if ready <= peeked.unwrap_or(0) {
             result?;
         }
         // An urgent byte that is passed over is one of them.
-        limit = limit.min(ready.saturating_sub(usize::from(locked.passes_urgent())));
+        let passed = peeked.unwrap_or(usize::from(locked.passes_urgent()));
+        limit = limit.min(ready.saturating_sub(passed));
         if limit == 0 {
-            return Ok((0, End::Drained));
+            return Ok(End::Drained);
         }
     }
     let Some(store) = ctx.own(locked).store.clone() else {
@@ -59,9 +77,24 @@ fn pass(
         control,
         flow: None,
         made: None,
+        first: progress.first,
         limit,
         end: End::Drained,
     };
+    let result = match &mut progress.peeked {
+        None => consume(locked, &mut pass),
+        Some(peeked) => peek(locked, &mut pass, peeked),
+    };
+    progress.first = pass.first;
+    let end = pass.end;
+    ctx.tokens_changed(&own);
+    ctx.put_own(locked, own);
+    progress.done += result?;
+    Ok(end)
+}
+
+/// Describes bytes and takes them out of the queue: how many.
+fn consume(locked: &mut Stream<'_>, pass: &mut Pass<'_>) -> Result<usize> {
     let mut actor = |skb: &Queued<'_>, off: u32, len: u32| match pass.end {
         End::Drained => Ok(pass.describe(skb, off, len)),
         _ => Ok(0),
@@ -83,10 +116,33 @@ fn pass(
         }
     }
     locked.urgent_passed();
-    let end = pass.end;
-    ctx.tokens_changed(&own);
-    ctx.put_own(locked, own);
-    Ok((result?, end))
+    result
+}
+
+/// Describes bytes from `peeked` on, which moves, and leaves them where they are: how many.
+fn peek(locked: &mut Stream<'_>, pass: &mut Pass<'_>, peeked: &mut usize) -> Result<usize> {
+    let start = locked.copied_seq();
+    let queued = locked.queue_end().wrapping_sub(start) as usize;
+    let urgent = locked.before_urgent(start) as usize;
+    // As `recv()` does, it ends before the urgent byte, or begins with it, or after it.
+    let mut from = *peeked;
+    if from == urgent && !locked.urgent_in_line() {
+        from += 1;
+    }
+    if from < urgent {
+        pass.limit = pass.limit.min(urgent - from);
+    }
+    let from = u32::try_from(from.min(queued)).map_err(|_| EINVAL)?;
+    let mut done = 0;
+    let looked = locked.look(start.wrapping_add(from), &mut |skb, off, len| {
+        let n = pass.describe(skb, off, len);
+        done += n as usize;
+        Ok(n == len && matches!(pass.end, End::Drained))
+    });
+    if done > 0 {
+        *peeked = from as usize + done;
+    }
+    looked.map(|()| done)
 }
 
 /// `recvmsg()` in descriptor mode.
@@ -101,9 +157,7 @@ pub(crate) unsafe fn recvmsg(
     flags: c_int,
 ) -> Result<usize> {
     let flags = flags as u32;
-    if flags & bindings::MSG_PEEK != 0 {
-        return Err(errno(bindings::EOPNOTSUPP));
-    }
+    let peek = flags & bindings::MSG_PEEK != 0;
     // SAFETY: As the caller says.
     unsafe { ext::pmskb_sk_busy_loop(sk.as_ptr(), flags & bindings::MSG_DONTWAIT != 0) };
     // SAFETY: As the caller says; its file is open.
@@ -120,8 +174,8 @@ pub(crate) unsafe fn recvmsg(
     // SAFETY: `msg` is valid, says the caller.
     let mut control = unsafe { Control::new(msg) };
     let limit = match len {
-        0 => c_int::MAX as usize,
-        len => len.min(c_int::MAX as usize),
+        len if len > 0 && ctx.copies() == 0 => len.min(c_int::MAX as usize),
+        _ => c_int::MAX as usize,
     };
     let target = if flags & bindings::MSG_WAITALL != 0 {
         limit
@@ -129,38 +183,31 @@ pub(crate) unsafe fn recvmsg(
         locked.low_water().min(limit)
     };
     let mut timeout = locked.timeout(flags & bindings::MSG_DONTWAIT != 0);
-    let mut done = 0usize;
-    loop {
-        let urgent = done > 0 && locked.at_urgent();
-        if !urgent {
-            match pass(&mut locked, ctx, &mut control, limit - done) {
-                Ok((n, end)) => {
-                    done += n;
-                    match end {
-                        End::Drained => {}
-                        End::Full if done > 0 => return Ok(done),
-                        End::Full => return Err(errno(bindings::EMSGSIZE)),
-                        End::Error(_) if done > 0 => return Ok(done),
-                        End::Error(e) => return Err(e),
-                    }
-                }
-                Err(_) if done > 0 => return Ok(done),
-                Err(e) => return Err(e),
+    let mut progress = Progress {
+        done: 0,
+        first: ctx.copies().min(control.room()),
+        peeked: peek.then(|| locked.peek_offset()),
+    };
+    let done = loop {
+        let at = locked.copied_seq() as usize + progress.peeked.unwrap_or(0);
+        let end = match progress.done > 0 && locked.before_urgent(at as u32) == 0 {
+            true => End::Full,
+            false => {
+                let left = limit - progress.done;
+                pass(&mut locked, ctx, &mut control, &mut progress, left).unwrap_or_else(End::Error)
             }
+        };
+        let done = progress.done;
+        let over = match end {
+            End::Drained => done >= target || (done > 0 && ended(&locked, timeout)),
+            End::Full if done == 0 => return Err(errno(bindings::EMSGSIZE)),
+            End::Error(e) if done == 0 => return Err(e),
+            End::Full | End::Error(_) => true,
+        };
+        if over {
+            break done;
         }
-        if urgent || done >= target {
-            return Ok(done);
-        }
-        if done > 0 {
-            let ended = locked.has_error()
-                || locked.is_closed()
-                || locked.stopped()
-                || timeout == 0
-                || sock::interrupted(timeout).is_some();
-            if ended {
-                return Ok(done);
-            }
-        } else {
+        if done == 0 {
             if let Some(end) = locked.ended() {
                 return end;
             }
@@ -175,7 +222,7 @@ pub(crate) unsafe fn recvmsg(
         drop(turn.take());
         match locked.wait(&mut timeout) {
             Ok(()) => {}
-            Err(_) if done > 0 => return Ok(done),
+            Err(_) if done > 0 => break done,
             Err(e) => return Err(e),
         }
         if ctx.auto() {
@@ -184,5 +231,16 @@ pub(crate) unsafe fn recvmsg(
             // SAFETY: As the caller says.
             locked = unsafe { Stream::new(sk) };
         }
-    }
+    };
+    locked.peek_moved(done, peek);
+    Ok(done)
+}
+
+/// There is no use in waiting for more.
+pub(crate) fn ended(locked: &Stream<'_>, timeout: c_long) -> bool {
+    timeout == 0
+        || locked.has_error()
+        || locked.is_closed()
+        || locked.stopped()
+        || sock::interrupted(timeout).is_some()
 }

@@ -450,6 +450,36 @@ impl Queued<'_> {
     pub(crate) fn copy_and_sum(&self, off: u32, to: &mut [MaybeUninit<u8>]) -> Result<u32> {
         copy_and_sum_bits(self.skb.as_ptr(), off, to)
     }
+
+    /// Writes `len` bytes from `off` to where a receive wants them, or nothing: `EFAULT`. Process
+    /// context, sleeps.
+    ///
+    /// # Safety
+    ///
+    /// `msg` is what `recvmsg()` was called with, and the caller's.
+    pub(crate) unsafe fn copy_to(
+        &self,
+        off: u32,
+        len: u32,
+        msg: NonNull<bindings::msghdr>,
+    ) -> Result {
+        let (off, len) = within(self.skb.as_ptr(), off, len as usize)?;
+        // SAFETY: By the type invariants it is a valid skb, which has the bytes; `msg` as the
+        // caller says.
+        kernel::error::to_result(unsafe {
+            ext::pmskb_skb_copy_to(self.skb.as_ptr(), off, msg.as_ptr(), len)
+        })
+    }
+
+    /// Of datagrams that came as one packet, payload bytes of each but the last; of others all of
+    /// them.
+    pub(crate) fn segment(&self) -> u32 {
+        // SAFETY: By the type invariants.
+        match unsafe { ext::pmskb_skb_segment(self.skb.as_ptr()) } {
+            0 => self.len(),
+            segment => segment.min(self.len()),
+        }
+    }
 }
 
 fn within(skb: *const bindings::sk_buff, off: u32, len: usize) -> Result<(c_int, c_int)> {

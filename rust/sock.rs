@@ -297,12 +297,36 @@ impl<'a> Locked<'a> {
         }
     }
 
+    /// Locks a socket, unless somebody else has it locked.
+    ///
+    /// # Safety
+    ///
+    /// `sk` is a valid TCP or UDP socket for `'a`.
+    pub(crate) unsafe fn try_new(sk: NonNull<ext::sock>) -> Option<Self> {
+        // SAFETY: As the caller says.
+        // INVARIANT: Locked just now.
+        unsafe { ext::pmskb_trylock_sock(sk.as_ptr()) }.then_some(Self {
+            sk,
+            _sk: PhantomData,
+            _thread: NotThreadSafe,
+        })
+    }
+
     /// Its context, if it is one of ours.
     pub(crate) fn ctx(&self) -> Option<&'a Ctx> {
         // SAFETY: A full socket by the type invariants; a context goes when its socket is closed,
         // with the socket locked, or later: a UDP socket is locked all the time, or its file is
         // open.
         unsafe { Ctx::of(self.sk.as_ptr()) }
+    }
+
+    /// Of a UDP socket, the datagrams after `last`, as [`Datagram::after`]; of others none.
+    pub(crate) fn datagrams_after(
+        &self,
+        last: Option<&Kept>,
+    ) -> impl Iterator<Item = Datagram<'a>> {
+        // SAFETY: By the type invariants; one that is no UDP socket has none.
+        unsafe { Datagram::after(self.sk, last) }
     }
 
     /// Its addresses and ports.
@@ -361,15 +385,8 @@ impl Stream<'_> {
     /// `sk` is a valid TCP socket for `'a`.
     pub(crate) unsafe fn try_new(sk: NonNull<ext::sock>) -> Option<Self> {
         // SAFETY: As the caller says.
-        if !unsafe { ext::pmskb_trylock_sock(sk.as_ptr()) } {
-            return None;
-        }
-        // INVARIANT: Locked just now; as the caller says.
-        Some(Self(Locked {
-            sk,
-            _sk: PhantomData,
-            _thread: NotThreadSafe,
-        }))
+        // INVARIANT: As the caller says.
+        unsafe { Locked::try_new(sk) }.map(Self)
     }
 
     /// One that is locked already; it stays so.
@@ -432,6 +449,20 @@ impl Stream<'_> {
         // SAFETY: By the type invariants.
         let off = unsafe { ext::pmskb_sk_peek_off(self.0.sk.as_ptr()) };
         off.max(0) as usize
+    }
+
+    /// So many bytes were received, or with `peek` looked at: where the next look begins.
+    pub(crate) fn peek_moved(&mut self, n: usize, peek: bool) {
+        let n = c_int::try_from(n).unwrap_or(c_int::MAX);
+        // SAFETY: By the type invariants.
+        unsafe { ext::pmskb_sk_peek_moved(self.0.sk.as_ptr(), if peek { -n } else { n }) };
+    }
+
+    /// How many bytes from sequence number `seq` on there are before the urgent one; `u32::MAX` if
+    /// there is none.
+    pub(crate) fn before_urgent(&self, seq: u32) -> u32 {
+        // SAFETY: By the type invariants.
+        unsafe { ext::pmskb_tcp_urg_after(self.0.sk.as_ptr(), seq) }
     }
 
     /// There is an urgent byte that is not to be received in line, and is not one of the next `count`
@@ -634,16 +665,31 @@ impl Stream<'_> {
     }
 }
 
-/// The first datagram in the receive queue of a UDP socket, with a reference. It is still in the
-/// queue; [`Datagram::take`] it out.
+/// A reference of a datagram that is or was in a queue.
 ///
 /// # Invariants
 ///
-/// `sk` is a UDP socket that stays for `'a`; `skb` is or was in its queue, and one reference is
-/// ours.
+/// It is ours.
+pub(crate) struct Kept(NonNull<bindings::sk_buff>);
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariants.
+        unsafe { bindings::consume_skb(self.0.as_ptr()) };
+    }
+}
+
+/// A datagram in the receive queue of a UDP socket. It is still in the queue; [`Datagram::take`] it
+/// out.
+///
+/// # Invariants
+///
+/// `sk` is a UDP socket that stays for `'a`; `skb` is or was in its queue.
 pub(crate) struct Datagram<'a> {
     sk: NonNull<ext::sock>,
-    skb: NonNull<bindings::sk_buff>,
+    skb: Kept,
+    /// Where a look at it begins.
+    off: u32,
     _sk: PhantomData<&'a ext::sock>,
 }
 
@@ -656,22 +702,26 @@ pub(crate) enum First<'a> {
 }
 
 impl<'a> Datagram<'a> {
-    /// The first one; as a receive with these flags waits for it (`MSG_DONTWAIT`, the socket's
-    /// timeout, signals). Errors as such a receive, pending ones of the socket among them. Process
-    /// context; sleeps without `MSG_DONTWAIT`.
+    /// Most that [`Self::after`] answers.
+    pub(crate) const BATCH: usize = 64;
+
+    /// The first one, or with `MSG_PEEK` the one at `SO_PEEK_OFF`; as a receive with these flags
+    /// waits for it (`MSG_DONTWAIT`, the socket's timeout, signals). Errors as such a receive,
+    /// pending ones of the socket among them. Process context; sleeps without `MSG_DONTWAIT`.
     ///
     /// # Safety
     ///
     /// `sk` is a valid UDP socket for `'a`.
     pub(crate) unsafe fn first(sk: NonNull<ext::sock>, flags: c_int) -> Result<First<'a>> {
-        let mut err = 0;
+        let (mut off, mut err) = (0, 0);
         // SAFETY: As the caller says.
-        let skb = unsafe { ext::pmskb_udp_peek(sk.as_ptr(), flags, &mut err) };
+        let skb = unsafe { ext::pmskb_udp_peek(sk.as_ptr(), flags, &mut off, &mut err) };
         match NonNull::new(skb) {
             // INVARIANT: As the caller says; peeking takes a reference.
             Some(skb) => Ok(First::Datagram(Self {
                 sk,
-                skb,
+                skb: Kept(skb),
+                off: u32::try_from(off).unwrap_or(0),
                 _sk: PhantomData,
             })),
             None if err == 0 => Ok(First::End),
@@ -679,44 +729,120 @@ impl<'a> Datagram<'a> {
         }
     }
 
+    /// Those that come after `last`: from the first one on, if that is none or not in the queue any
+    /// more. [`Self::BATCH`] at most, and none if it is no UDP socket. Process context.
+    ///
+    /// # Safety
+    ///
+    /// `sk` is a valid full socket for `'a`.
+    unsafe fn after(
+        sk: NonNull<ext::sock>,
+        last: Option<&Kept>,
+    ) -> impl Iterator<Item = Datagram<'a>> {
+        /// The rest goes with it.
+        struct Batch<'a> {
+            skbs: [*mut bindings::sk_buff; Datagram::BATCH],
+            at: usize,
+            sk: NonNull<ext::sock>,
+            _sk: PhantomData<&'a ext::sock>,
+        }
+        impl<'a> Iterator for Batch<'a> {
+            type Item = Datagram<'a>;
+
+            fn next(&mut self) -> Option<Datagram<'a>> {
+                let skb = NonNull::new(*self.skbs.get(self.at)?)?;
+                self.at += 1;
+                // INVARIANT: C took a reference of each; as the caller of `after` says.
+                Some(Datagram {
+                    sk: self.sk,
+                    skb: Kept(skb),
+                    off: 0,
+                    _sk: PhantomData,
+                })
+            }
+        }
+        impl Drop for Batch<'_> {
+            fn drop(&mut self) {
+                self.for_each(drop);
+            }
+        }
+        let mut skbs = [core::ptr::null_mut(); Datagram::BATCH];
+        let last = last.map_or(core::ptr::null(), |last| last.0.as_ptr().cast_const());
+        // SAFETY: As the caller says; there is room for as many.
+        unsafe {
+            ext::pmskb_udp_after(sk.as_ptr(), last, skbs.as_mut_ptr(), Datagram::BATCH as u32)
+        };
+        Batch {
+            skbs,
+            at: 0,
+            sk,
+            _sk: PhantomData,
+        }
+    }
+
+    /// Whether it comes before `last`, or is it, and that is still in the queue.
+    pub(crate) fn is_upto(&self, last: &Kept) -> bool {
+        // SAFETY: By the type invariants; there are references of both.
+        unsafe {
+            let (skb, last) = (self.skb.0.as_ptr(), last.0.as_ptr());
+            ext::pmskb_udp_is_upto(self.sk.as_ptr(), skb, last)
+        }
+    }
+
     /// What it is made of. `number` tells it apart from others that are alike.
     pub(crate) fn queued(&self, number: u32) -> Queued<'_> {
         // SAFETY: By the type invariants.
-        unsafe { Queued::datagram(self.skb, number) }
+        unsafe { Queued::datagram(self.skb.0, number) }
+    }
+
+    /// Where in it a look begins.
+    pub(crate) fn off(&self) -> u32 {
+        self.off
     }
 
     /// Its addresses and ports, the local ones as the packet has them.
     pub(crate) fn flow(&self) -> Flow {
         let mut raw = ext::pmskb_flow::default();
         // SAFETY: By the type invariants.
-        unsafe { ext::pmskb_udp_flow(self.skb.as_ptr(), &mut raw) };
+        unsafe { ext::pmskb_udp_flow(self.skb.0.as_ptr(), &mut raw) };
         Flow::from(&raw)
     }
 
     /// Whether its checksum is right, if that is not known yet.
     pub(crate) fn is_right(&self) -> bool {
         // SAFETY: By the type invariants.
-        unsafe { ext::pmskb_udp_is_right(self.skb.as_ptr()) }
+        unsafe { ext::pmskb_udp_is_right(self.skb.0.as_ptr()) }
     }
 
     /// Drops it and counts it, as UDP does with one whose checksum is not right.
     pub(crate) fn discard(self) {
         // SAFETY: By the type invariants.
-        unsafe { ext::pmskb_udp_discard(self.sk.as_ptr(), self.skb.as_ptr()) };
+        unsafe { ext::pmskb_udp_discard(self.sk.as_ptr(), self.skb.0.as_ptr()) };
+    }
+
+    /// Leaves it in the queue, but keeps it.
+    pub(crate) fn keep(self) -> Kept {
+        self.skb
+    }
+
+    /// Leaves it in the queue, and receives it all the same: `MSG_PEEK`.
+    pub(crate) fn peek(self) -> Received<'a> {
+        // INVARIANT: It was peeked at.
+        Received {
+            datagram: self,
+            peeked: true,
+        }
     }
 
     /// Takes it out of the queue. None if somebody else has.
     pub(crate) fn take(self) -> Option<Received<'a>> {
         // SAFETY: By the type invariants.
         // INVARIANT: It was in the queue, so nobody else takes it from there.
-        unsafe { ext::pmskb_udp_take(self.sk.as_ptr(), self.skb.as_ptr()) }.then(|| Received(self))
-    }
-}
-
-impl Drop for Datagram<'_> {
-    fn drop(&mut self) {
-        // SAFETY: The reference is ours.
-        unsafe { bindings::consume_skb(self.skb.as_ptr()) };
+        let taken = unsafe { ext::pmskb_udp_take(self.sk.as_ptr(), self.skb.0.as_ptr()) };
+        taken.then_some(Received {
+            datagram: self,
+            peeked: false,
+        })
     }
 }
 
@@ -724,20 +850,52 @@ impl Drop for Datagram<'_> {
 ///
 /// # Invariants
 ///
-/// We took it out of the queue.
-pub(crate) struct Received<'a>(Datagram<'a>);
+/// We took it out of the queue, or peeked at it.
+pub(crate) struct Received<'a> {
+    datagram: Datagram<'a>,
+    peeked: bool,
+}
 
 impl Received<'_> {
-    /// Counts it, and tells what UDP's own `recvmsg()` would beside its bytes: the sender's
-    /// address, control messages. Process context, sleeps, the socket not locked.
+    /// Its bytes, from where the look begins.
+    pub(crate) fn left(&self) -> u32 {
+        let len = self.datagram.queued(0).len();
+        len.saturating_sub(self.datagram.off)
+    }
+
+    /// What it is made of.
+    pub(crate) fn queued(&self) -> Queued<'_> {
+        self.datagram.queued(0)
+    }
+
+    /// Where in it a look begins.
+    pub(crate) fn off(&self) -> u32 {
+        self.datagram.off
+    }
+
+    /// Counts it, and tells what UDP's own `recvmsg()` would beside its bytes, of which `len` were
+    /// received: the sender's address, control messages. Process context, sleeps, the socket not
+    /// locked.
     ///
     /// # Safety
     ///
     /// `msg` is what `recvmsg()` was called with.
-    pub(crate) unsafe fn tell(self, msg: NonNull<bindings::msghdr>) {
-        // SAFETY: By the type invariants; `msg` as the caller says.
+    pub(crate) unsafe fn tell(self, msg: NonNull<bindings::msghdr>, len: usize) {
+        let Datagram { sk, skb, off, .. } = &self.datagram;
+        let len = c_int::try_from(len).unwrap_or(c_int::MAX);
+        // SAFETY: By the type invariants; `msg` as the caller says. A datagram has 64 KiB at most.
         unsafe {
-            ext::pmskb_udp_tell(self.0.sk.as_ptr(), msg.as_ptr(), self.0.skb.as_ptr());
+            let (sk, skb) = (sk.as_ptr(), skb.0.as_ptr());
+            ext::pmskb_udp_tell(sk, msg.as_ptr(), skb, *off as c_int, len, self.peeked);
+        }
+    }
+
+    /// Its bytes could not be given out: counts it, if it is lost.
+    pub(crate) fn lost(self) {
+        if !self.peeked {
+            let Datagram { sk, skb, .. } = &self.datagram;
+            // SAFETY: By the type invariants.
+            unsafe { ext::pmskb_udp_lost(sk.as_ptr(), skb.0.as_ptr()) };
         }
     }
 }

@@ -842,32 +842,68 @@ fn with_socket<T>(
     }
 }
 
-/// Records without a key of what a TCP socket has received, in order and one a packet, for
-/// auto-persist. Process context, under the socket's lock.
+/// Records without a key of what a socket has received, in order, for auto-persist: of TCP one a
+/// packet, of UDP one a datagram. Process context, under the socket's lock.
 pub(crate) struct Log<'a> {
     store: &'a Arc<Store>,
-    flow: Option<pm::Flow>,
     crc32c: bool,
+    /// Of a TCP socket; a datagram has its own.
+    flow: Option<pm::Flow>,
+    /// What is added is of the last datagram.
+    datagrams: bool,
     ops: KVVec<Op>,
+}
+
+/// What a [`Log`] has made durable, from the first one added.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Logged {
+    /// Records.
+    pub(crate) records: usize,
+    /// Their bytes.
+    pub(crate) bytes: u32,
 }
 
 impl<'a> Log<'a> {
     /// Records that are committed together, at most.
     const BATCH: usize = 128;
 
-    /// None yet.
-    pub(crate) fn new(store: &'a Arc<Store>, from: &sock::Flow, crc32c: bool) -> Self {
+    fn new(store: &'a Arc<Store>, crc32c: bool, flow: Option<pm::Flow>, datagrams: bool) -> Self {
         Self {
             store,
-            flow: flow(from, false),
             crc32c,
+            flow,
+            datagrams,
             ops: KVVec::new(),
         }
+    }
+
+    /// None yet, of packets of a TCP socket.
+    pub(crate) fn of_stream(store: &'a Arc<Store>, from: &sock::Flow, crc32c: bool) -> Self {
+        Self::new(store, crc32c, flow(from, false), false)
+    }
+
+    /// None yet, of datagrams.
+    pub(crate) fn of_datagrams(store: &'a Arc<Store>, crc32c: bool) -> Self {
+        Self::new(store, crc32c, None, true)
     }
 
     /// [`Self::add`] no more, and commit.
     pub(crate) fn is_full(&self) -> bool {
         self.ops.len() >= Self::BATCH
+    }
+
+    /// How many records there are.
+    pub(crate) fn len(&self) -> usize {
+        self.ops.len()
+    }
+
+    /// Begins the record of a datagram, with its stamp. `ENOMEM`.
+    pub(crate) fn datagram(&mut self, from: &sock::Flow, (time, source): (u64, u8)) -> Result {
+        let mut op = self.op();
+        op.meta.flow = flow(from, true);
+        op.meta.time = time;
+        op.meta.time_source = time_source(source);
+        Ok(self.ops.push(op, GFP_KERNEL)?)
     }
 
     /// Adds the bytes that come next, and takes over their hold. `ENOMEM`.
@@ -880,28 +916,38 @@ impl<'a> Log<'a> {
         added
     }
 
-    fn append(&mut self, held: &Held) -> Result {
-        let piece = piece(held, 0, held.note.len.into())?;
-        if let Some(op) = self.ops.last_mut() {
-            let goes_on = |last: &pm::Piece| {
-                last.packet == piece.packet && last.at.checked_add(last.len) == Some(piece.at)
-            };
-            if op.pieces.last().is_some_and(goes_on) {
-                op.pieces.push(piece, GFP_KERNEL)?;
-                op.object = op.pieces.len();
-                came_with(&mut op.meta, held);
-                return Ok(());
-            }
+    /// Keeps the first `len` records.
+    pub(crate) fn truncate(&mut self, len: usize) {
+        for piece in self.ops.iter().skip(len).flat_map(|op| &op.pieces) {
+            unhold(self.store.frames(), piece);
         }
-        let mut op = Op::new(
-            -1,
-            Action::Put {
-                mode: pm::PutMode::Upsert,
-                key: Key::None,
-            },
-        );
+        self.ops.truncate(len);
+    }
+
+    fn op(&self) -> Op {
+        let put = Action::Put {
+            mode: pm::PutMode::Upsert,
+            key: Key::None,
+        };
+        let mut op = Op::new(-1, put);
         op.crc32c = self.crc32c;
         op.meta.flow = self.flow;
+        op
+    }
+
+    fn append(&mut self, held: &Held) -> Result {
+        let piece = piece(held, 0, held.note.len.into())?;
+        let goes_on = |last: &pm::Piece| {
+            last.packet == piece.packet && last.at.checked_add(last.len) == Some(piece.at)
+        };
+        let same = |op: &&mut Op| self.datagrams || op.pieces.last().is_some_and(goes_on);
+        if let Some(op) = self.ops.last_mut().filter(same) {
+            op.pieces.push(piece, GFP_KERNEL)?;
+            op.object = op.pieces.len();
+            came_with(&mut op.meta, held);
+            return Ok(());
+        }
+        let mut op = self.op();
         op.meta.tcp_seq = held.note.seq;
         came_with(&mut op.meta, held);
         self.ops.reserve(1, GFP_KERNEL)?;
@@ -910,9 +956,11 @@ impl<'a> Log<'a> {
         Ok(self.ops.push(op, GFP_KERNEL)?)
     }
 
-    /// Makes the records. Of how many bytes, from the first one added, there are durable ones now;
-    /// the error, if not of all.
-    pub(crate) fn commit(mut self) -> (u32, Result) {
+    /// Makes the records: how many of them are durable now; the error, if not all.
+    pub(crate) fn commit(mut self) -> (Logged, Result) {
+        if self.ops.is_empty() {
+            return (Logged::default(), Ok(()));
+        }
         let now = crate::host::now();
         // What follows one that cannot be made shall not be there, either.
         let mut result = Ok(());
@@ -924,7 +972,7 @@ impl<'a> Log<'a> {
             }
             composed += 1;
         }
-        let mut staged = 0;
+        let mut records = 0;
         let committed = self.store.core().and_then(|mut core| {
             let core = core.get()?;
             for op in self.ops.iter_mut().take(composed) {
@@ -932,17 +980,17 @@ impl<'a> Log<'a> {
                     result = Err(error);
                     break;
                 }
-                staged += 1;
+                records += 1;
             }
             core.commit().map_err(crate::errno)
         });
         if let Err(error) = committed {
-            return (0, Err(error));
+            return (Logged::default(), Err(error));
         }
-        let pieces = self.ops.iter().take(staged).flat_map(|op| &op.pieces);
+        let pieces = self.ops.iter().take(records).flat_map(|op| &op.pieces);
         let bytes = pieces.fold(0u32, |bytes, piece| bytes.wrapping_add(piece.len));
         self.store.submits.add(1);
-        (bytes, result)
+        (Logged { records, bytes }, result)
     }
 }
 

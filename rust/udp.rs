@@ -28,7 +28,7 @@
 
 use crate::{
     attach::{self, Ctx},
-    bindings as ext,
+    auto, bindings as ext,
     cell::Static,
     datagram,
     place::HookUse,
@@ -43,7 +43,7 @@ use kernel::{
     prelude::*,
     sync::{
         atomic::{Atomic, Relaxed},
-        Arc,
+        rcu, Arc,
     },
     uaccess::UserPtr,
 };
@@ -154,6 +154,17 @@ pub(crate) fn adopt(file: &SocketFile, store: &Arc<Store>) -> Result<bool> {
     Ok(true)
 }
 
+/// Auto-persist hears of each datagram from here on. `EBUSY` if somebody else does.
+///
+/// # Safety
+///
+/// `sk` is a UDP socket of ours, which is locked.
+pub(crate) unsafe fn listen(sk: NonNull<ext::sock>) -> Result {
+    // SAFETY: As the caller says. The socket has a reference of the module; what runs when it has
+    // none any more is under RCU, for which the module's end waits.
+    to_result(unsafe { ext::pmskb_udp_listen(sk.as_ptr()) })
+}
+
 // ---- what the kernel calls ----
 
 /// # Safety
@@ -162,7 +173,10 @@ pub(crate) fn adopt(file: &SocketFile, store: &Arc<Store>) -> Result<bool> {
 unsafe extern "C" fn proto_close<const FAMILY: usize>(sk: *mut ext::sock, timeout: c_long) {
     if let Some(sk) = NonNull::new(sk) {
         // SAFETY: The last descriptor is being closed; nobody has locked the socket.
-        let _locked = unsafe { Locked::new(sk) };
+        let mut locked = unsafe { Locked::new(sk) };
+        if let Some(ctx) = locked.ctx() {
+            auto::finish_datagrams(&mut locked, ctx);
+        }
         // SAFETY: It is locked, and has our operations, or this would not be called. Whoever found
         // the context before is under RCU, or waits for the lock and will not find it any more.
         unsafe {
@@ -255,7 +269,11 @@ unsafe extern "C" fn proto_recvmsg<const FAMILY: usize>(
     flags: c_int,
 ) -> c_int {
     // SAFETY: A full socket, which stays: its file is open.
-    if flags & bindings::MSG_ERRQUEUE as c_int != 0 || !unsafe { Ctx::describes(sk) } {
+    let (describes, auto) = unsafe {
+        let _rcu = rcu::read_lock();
+        (Ctx::describes(sk), Ctx::of(sk).is_some_and(Ctx::auto))
+    };
+    if flags & bindings::MSG_ERRQUEUE as c_int != 0 || !(describes || auto) {
         // SAFETY: As we were called.
         return unsafe {
             match (*base(FAMILY)).recvmsg {
@@ -268,7 +286,7 @@ unsafe extern "C" fn proto_recvmsg<const FAMILY: usize>(
         let (sk, msg) = NonNull::new(sk).zip(NonNull::new(msg)).ok_or(EINVAL)?;
         // SAFETY: `recvmsg()` has a reference to the socket's file, and has not locked it; `msg` is
         // its own.
-        let n = unsafe { datagram::recvmsg(sk, msg, flags) }?;
+        let n = unsafe { datagram::recvmsg(sk, msg, len, flags, describes) }?;
         Ok(n.min(c_int::MAX as usize) as c_int)
     })
 }

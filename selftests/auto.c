@@ -626,10 +626,6 @@ TEST_F(automatic, what_cannot_be_answered_for_is_refused)
 	ASSERT_EQ(0, sock_ulp(fd));
 	EXPECT_EQ(EUNATCH, set_auto(fd, 1));
 	close(fd);
-	fd = socket(AF_INET, SOCK_DGRAM, 0);
-	ASSERT_EQ(0, sock_attach_ioctl(fd, self->s.fd));
-	EXPECT_EQ(EOPNOTSUPP, set_auto(fd, 1));
-	close(fd);
 	/* Off, it is as before. */
 	ASSERT_EQ(0, set_auto(self->c.s, 0));
 	len = sizeof(zc);

@@ -430,6 +430,11 @@ const char *net_up(enum link link)
 		sh("ip link del %s", links[link].here);
 		return "cannot switch offloads off";
 	}
+	/* Or a link that goes down, in one program, has lost them when another begins. */
+	if (sh("sysctl -qw net.ipv6.conf.%s.keep_addr_on_down=1 && "
+	       "ip netns exec " NETNS " sysctl -qw net.ipv6.conf.%s.keep_addr_on_down=1",
+	       links[link].here, links[link].there))
+		return "cannot keep addresses";
 	if (sh("ip addr add %s/24 dev %s && ip addr add %s/64 dev %s nodad && ip link set %s up",
 	       links[link].server4, links[link].here,
 	       links[link].server6, links[link].here, links[link].here) ||

@@ -10,6 +10,7 @@
 #include <fcntl.h>
 #include <netinet/tcp.h>
 #include <poll.h>
+#include <sys/ioctl.h>
 #include <sys/resource.h>
 #include <time.h>
 
@@ -538,7 +539,148 @@ TEST_F(desc, urgent_data_ends_a_receive_and_is_not_part_of_it)
 	EXPECT_EQ(0, memcmp(text, "def", 3)) TH_LOG("the urgent byte is in the data");
 }
 
-TEST_F(desc, peek_is_eopnotsupp_and_an_error_queue_is_still_one)
+/* Bytes that n descriptors describe: whether they are those of text. */
+static bool says(const struct store *s, const struct pmskb_desc *d, int n, const char *text)
+{
+	size_t at = 0;
+	int k;
+
+	for (k = 0; k < n; at += d[k++].len)
+		if (at + d[k].len > strlen(text) || memcmp(s->map + d[k].offset, text + at, d[k].len))
+			return false;
+	return at == strlen(text);
+}
+
+TEST_F(desc, a_look_describes_and_consumes_nothing)
+{
+	struct pmskb_sock_info before, after;
+	int n, k, off = 2, waiting = 0;
+	struct pmskb_desc other[8];
+	ssize_t bytes;
+
+	ASSERT_EQ(0, send_all(self->c.c, "abcdefgh", 8));
+	for (k = 0; k < 3; k++) {
+		n = desc_recv_flags(self->c.s, d, 8, MSG_PEEK, &bytes, NULL);
+		ASSERT_LT(0, n);
+		EXPECT_EQ(8, bytes);
+		EXPECT_TRUE(says(&self->s, d, n, "abcdefgh"));
+		/* With tokens of its own. */
+		ASSERT_EQ(1, desc_recv_flags(self->c.s, other, 8, MSG_PEEK, NULL, NULL));
+		EXPECT_NE(d[0].token, other[0].token);
+		EXPECT_EQ(d[0].offset, other[0].offset);
+		ASSERT_EQ(0, sock_info(self->c.s, &before));
+		ASSERT_EQ(0, desc_release_all(self->c.s, d, n));
+		ASSERT_EQ(0, desc_release_all(self->c.s, other, 1));
+		ASSERT_EQ(0, sock_info(self->c.s, &after));
+		EXPECT_EQ(before.tokens - n - 1, after.tokens);
+	}
+	ASSERT_EQ(0, ioctl(self->c.s, FIONREAD, &waiting));
+	EXPECT_EQ(8, waiting);
+	/* From where SO_PEEK_OFF says; each look goes on, and what is consumed comes off. */
+	ASSERT_EQ(0, setsockopt(self->c.s, SOL_SOCKET, SO_PEEK_OFF, &off, sizeof(off)));
+	n = desc_recv_flags(self->c.s, d, 8, MSG_PEEK, &bytes, NULL);
+	EXPECT_TRUE(says(&self->s, d, n, "cdefgh"));
+	EXPECT_EQ(-EAGAIN, desc_recv_flags(self->c.s, d, 8, MSG_PEEK | MSG_DONTWAIT, NULL, NULL));
+	ASSERT_EQ(0, send_all(self->c.c, "ijk", 3));
+	n = desc_recv_flags(self->c.s, d, 8, MSG_PEEK, &bytes, NULL);
+	EXPECT_TRUE(says(&self->s, d, n, "ijk"));
+	ASSERT_LT(0, desc_recv_bytes(self->c.s, d, 8, 11));
+	ASSERT_EQ(0, timeout_set(self->c.s, 2000));
+	ASSERT_EQ(0, send_all(self->c.c, "lmn", 3));
+	n = desc_recv_flags(self->c.s, d, 8, MSG_PEEK, &bytes, NULL);
+	EXPECT_TRUE(says(&self->s, d, n, "lmn"));
+	ASSERT_LT(0, desc_recv_bytes(self->c.s, d, 8, 3));
+	/* All that was asked for, or until the time is over. */
+	off = -1;
+	ASSERT_EQ(0, setsockopt(self->c.s, SOL_SOCKET, SO_PEEK_OFF, &off, sizeof(off)));
+	ASSERT_EQ(0, timeout_set(self->c.s, 50));
+	ASSERT_EQ(0, send_all(self->c.c, "xyz", 3));
+	n = desc_recv_flags(self->c.s, d, 8, MSG_PEEK | MSG_WAITALL, &bytes, NULL);
+	EXPECT_TRUE(says(&self->s, d, n, "xyz"));
+	EXPECT_EQ(3, bytes);
+}
+
+TEST_F(desc, a_look_stops_at_urgent_data_as_a_receive_does)
+{
+	ssize_t bytes;
+	int n, on = 1;
+
+	ASSERT_EQ(0, send_all(self->c.c, "abc", 3));
+	ASSERT_EQ(1, send(self->c.c, "!", 1, MSG_OOB));
+	ASSERT_EQ(0, send_all(self->c.c, "def", 3));
+	usleep(50000);
+	n = desc_recv_flags(self->c.s, d, 64, MSG_PEEK, &bytes, NULL);
+	EXPECT_TRUE(says(&self->s, d, n, "abc"));
+	ASSERT_EQ(3, bytes);
+	n = desc_recv_flags(self->c.s, d, 64, 0, &bytes, NULL);
+	ASSERT_EQ(3, bytes);
+	n = desc_recv_flags(self->c.s, d, 64, MSG_PEEK, &bytes, NULL);
+	EXPECT_TRUE(says(&self->s, d, n, "def")) TH_LOG("%zd bytes", bytes);
+	ASSERT_EQ(0, setsockopt(self->c.s, SOL_SOCKET, SO_OOBINLINE, &on, sizeof(on)));
+	n = desc_recv_flags(self->c.s, d, 64, MSG_PEEK, &bytes, NULL);
+	EXPECT_TRUE(says(&self->s, d, n, "!def")) TH_LOG("%zd bytes", bytes);
+	n = desc_recv_flags(self->c.s, d, 64, 0, &bytes, NULL);
+	EXPECT_TRUE(says(&self->s, d, n, "!def")) TH_LOG("%zd bytes", bytes);
+}
+
+TEST_F(desc, the_first_bytes_are_copied_too_if_that_is_wanted)
+{
+	static char data[20000], head[5000], control[8192];
+	struct iovec iov[2] = { { head, 100 }, { head + 1000, 3000 } };
+	uint32_t want, bad = PMSKB_MAX_RX_COPY + 1, got;
+	static const uint32_t wants[] = { 1, 50, 100, 101, 2000, 3100, 60000 };
+	socklen_t len = sizeof(got);
+	uint64_t pos = 0;
+	size_t i;
+
+	fill(data, sizeof(data), 81, 0);
+	EXPECT_EQ(EINVAL, ERRNO(setsockopt(self->c.s, SOL_PMSKB, PMSKB_RX_COPY, &bad, sizeof(bad))));
+	EXPECT_EQ(EINVAL, ERRNO(setsockopt(self->c.s, SOL_PMSKB, PMSKB_RX_COPY, &bad, 2)));
+	for (i = 0; i < ARRAY_LEN(wants); i++) {
+		struct msghdr msg = { .msg_iov = iov, .msg_iovlen = 2, .msg_control = control,
+				      .msg_controllen = sizeof(control) };
+		size_t n, first, k;
+		ssize_t all;
+
+		want = wants[i];
+		ASSERT_EQ(0, setsockopt(self->c.s, SOL_PMSKB, PMSKB_RX_COPY, &want, sizeof(want)));
+		ASSERT_EQ(0, getsockopt(self->c.s, SOL_PMSKB, PMSKB_RX_COPY, &got, &len));
+		ASSERT_EQ(want, got);
+		memset(head, 0xee, sizeof(head));
+		fill(data, 4000, 81, pos);
+		ASSERT_EQ(0, send_all(self->c.c, data, 4000));
+		/* All that has come, however long the iovec is; it may come in several packets. */
+		for (k = 0; k < 2000; k++) {
+			int waiting = 0;
+
+			ioctl(self->c.s, FIONREAD, &waiting);
+			if (waiting == 4000)
+				break;
+			usleep(1000);
+		}
+		all = recvmsg(self->c.s, &msg, 0);
+		ASSERT_EQ(4000, all);
+		n = want < 3100 ? want : 3100;
+		first = n < 100 ? n : 100;
+		EXPECT_EQ(-1, differs(head, first, 81, pos)) TH_LOG("%u", want);
+		EXPECT_EQ((char)0xee, head[first]);
+		EXPECT_EQ(-1, differs(head + 1000, n - first, 81, pos + first)) TH_LOG("%u", want);
+		EXPECT_EQ((char)0xee, head[1000 + n - first]);
+		EXPECT_EQ(0, desc_release(self->c.s, 0, ~0U));
+		pos += all;
+	}
+	/* What cannot be copied is not consumed. */
+	iov[0] = (struct iovec) { BAD_PTR, 100 };
+	ASSERT_EQ(0, send_all(self->c.c, "here", 4));
+	EXPECT_EQ(EFAULT, ERRNO(recvmsg(self->c.s, &(struct msghdr) { .msg_iov = iov, .msg_iovlen = 1,
+		.msg_control = control, .msg_controllen = sizeof(control) }, 0)));
+	want = 0;
+	ASSERT_EQ(0, setsockopt(self->c.s, SOL_PMSKB, PMSKB_RX_COPY, &want, sizeof(want)));
+	ASSERT_EQ(1, desc_recv_bytes(self->c.s, d, 8, 4));
+	EXPECT_TRUE(says(&self->s, d, 1, "here"));
+}
+
+TEST_F(desc, the_error_queue_is_still_one)
 {
 	char control[256], data[1];
 	struct iovec iov = { data, 1 };
@@ -547,7 +689,6 @@ TEST_F(desc, peek_is_eopnotsupp_and_an_error_queue_is_still_one)
 
 	ASSERT_EQ(0, send_all(self->c.c, "x", 1));
 	usleep(20000);
-	EXPECT_EQ(-EOPNOTSUPP, desc_recv_flags(self->c.s, d, 8, MSG_PEEK, NULL, NULL));
 	EXPECT_EQ(EAGAIN, ERRNO(recvmsg(self->c.s, &msg, MSG_ERRQUEUE | MSG_DONTWAIT)));
 	EXPECT_EQ(1, desc_recv_bytes(self->c.s, d, 8, 1));
 }

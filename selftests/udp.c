@@ -15,6 +15,7 @@
 #include <linux/udp.h>
 #include <netinet/ip.h>
 #include <poll.h>
+#include <pthread.h>
 #include <sys/ioctl.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
@@ -485,11 +486,65 @@ TEST_F(udp, buffers_are_not_touched_and_their_length_does_not_matter)
 	}
 }
 
+TEST_F(udp, the_first_bytes_are_copied_too_if_that_is_wanted)
+{
+	char head[16], more[16], control[4096];
+	struct iovec iov[2] = { { head, 5 }, { more, 3 } };
+	uint32_t bad = PMSKB_MAX_RX_COPY + 1, bytes;
+	socklen_t len = sizeof(bytes);
+	struct got g;
+	int i;
+
+	ASSERT_EQ(0, getsockopt(self->p.s, SOL_PMSKB, PMSKB_RX_COPY, &bytes, &len));
+	EXPECT_EQ(0, bytes);
+	EXPECT_EQ(EINVAL, ERRNO(setsockopt(self->p.s, SOL_PMSKB, PMSKB_RX_COPY, &bad, sizeof(bad))));
+	for (i = 0; i < 4; i++) {
+		struct msghdr msg = { .msg_iov = iov, .msg_iovlen = 2, .msg_control = control,
+				      .msg_controllen = sizeof(control) };
+		/* More than there is of the datagram, than there is room, and less. */
+		static const uint32_t want[] = { 20, 7, 100, 0 };
+		size_t n = want[i] < 8 ? want[i] : 8;
+		char both[9] = "........";
+		ssize_t got;
+
+		ASSERT_EQ(0, setsockopt(self->p.s, SOL_PMSKB, PMSKB_RX_COPY, &want[i], 4));
+		ASSERT_EQ(0, getsockopt(self->p.s, SOL_PMSKB, PMSKB_RX_COPY, &bytes, &len));
+		EXPECT_EQ(want[i], bytes);
+		memset(head, '.', sizeof(head));
+		memset(more, '.', sizeof(more));
+		ASSERT_EQ(10, send(self->p.c, "0123456789", 10, 0));
+		got = recvmsg(self->p.s, &msg, 0);
+		EXPECT_EQ(10, got);
+		EXPECT_EQ(0, msg.msg_flags & MSG_TRUNC);
+		memset(&g, 0, sizeof(g));
+		take_cmsgs(&g, &msg);
+		ASSERT_EQ(1, g.n);
+		EXPECT_EQ(10, g.d[0].len);
+		EXPECT_EQ(0, memcmp(self->s.map + g.d[0].offset, "0123456789", 10));
+		memcpy(both, head, 5);
+		memcpy(both + 5, more, 3);
+		EXPECT_EQ(0, memcmp(both, "01234567", n)) TH_LOG("%u wanted: %s", want[i], both);
+		EXPECT_EQ(0, memcmp(both + n, "........", 8 - n)) TH_LOG("%u wanted: %s", want[i], both);
+		EXPECT_EQ('.', head[5]);
+		EXPECT_EQ('.', more[3]);
+		ASSERT_EQ(0, release(self->p.s, &g));
+	}
+	/* What cannot be copied is not received. */
+	ASSERT_EQ(0, setsockopt(self->p.s, SOL_PMSKB, PMSKB_RX_COPY, &(uint32_t) { 4 }, 4));
+	ASSERT_EQ(4, send(self->p.c, "here", 4, 0));
+	iov[0] = (struct iovec) { BAD_PTR, 4 };
+	EXPECT_EQ(EFAULT, ERRNO(recvmsg(self->p.s, &(struct msghdr) { .msg_iov = iov, .msg_iovlen = 1,
+		.msg_control = control, .msg_controllen = sizeof(control) }, 0)));
+	ASSERT_EQ(4, get(self->p.s, &g, 0));
+	EXPECT_EQ(0, memcmp(self->s.map + g.d[0].offset, "here", 4));
+}
+
 TEST_F(udp, waiting_flags_timeouts_poll_and_peek)
 {
 	struct pollfd p = { .fd = self->p.s, .events = POLLIN };
 	struct timespec a, b;
-	int waiting = -1, st;
+	int waiting = -1, st, i;
+	uint32_t token = 0;
 	struct got g;
 	pid_t pid;
 	long ms;
@@ -516,11 +571,36 @@ TEST_F(udp, waiting_flags_timeouts_poll_and_peek)
 
 	ASSERT_EQ(6, send(self->p.c, "peeked", 6, 0));
 	EXPECT_EQ(1, poll(&p, 1, 2000));
-	EXPECT_EQ(-EOPNOTSUPP, get(self->p.s, &g, MSG_PEEK));
+	for (i = 0; i < 3; i++) {
+		/* Each look has a token of its own, for the same bytes. */
+		ASSERT_EQ(6, get(self->p.s, &g, MSG_PEEK));
+		ASSERT_EQ(1, g.n);
+		EXPECT_EQ(0, memcmp(self->s.map + g.d[0].offset, "peeked", 6));
+		EXPECT_TRUE(same_address(&self->p.from, &g.from));
+		if (i)
+			EXPECT_NE(token, g.d[0].token);
+		token = g.d[0].token;
+	}
 	ASSERT_EQ(0, ioctl(self->p.s, FIONREAD, &waiting));
 	EXPECT_EQ(6, waiting);
 	ASSERT_EQ(6, get(self->p.s, &g, MSG_DONTWAIT));
 	EXPECT_EQ(0, poll(&p, 1, 0));
+	/* From where SO_PEEK_OFF says, one after the other. */
+	ASSERT_EQ(0, setsockopt(self->p.s, SOL_SOCKET, SO_PEEK_OFF, &(int) { 2 }, sizeof(int)));
+	ASSERT_EQ(5, send(self->p.c, "first", 5, 0));
+	ASSERT_EQ(6, send(self->p.c, "second", 6, 0));
+	ASSERT_EQ(3, get(self->p.s, &g, MSG_PEEK));
+	EXPECT_EQ(0, memcmp(self->s.map + g.d[0].offset, "rst", 3));
+	ASSERT_EQ(6, get(self->p.s, &g, MSG_PEEK));
+	EXPECT_EQ(0, memcmp(self->s.map + g.d[0].offset, "second", 6));
+	EXPECT_EQ(-EAGAIN, get(self->p.s, &g, MSG_PEEK | MSG_DONTWAIT));
+	ASSERT_EQ(5, get(self->p.s, &g, 0));
+	ASSERT_EQ(3, send(self->p.c, "end", 3, 0));
+	ASSERT_EQ(3, get(self->p.s, &g, MSG_PEEK));
+	EXPECT_EQ(0, memcmp(self->s.map + g.d[0].offset, "end", 3));
+	ASSERT_EQ(0, setsockopt(self->p.s, SOL_SOCKET, SO_PEEK_OFF, &(int) { -1 }, sizeof(int)));
+	ASSERT_EQ(6, get(self->p.s, &g, MSG_DONTWAIT));
+	ASSERT_EQ(3, get(self->p.s, &g, MSG_DONTWAIT));
 
 	/* Shutting down ends a receive with nothing, as with UDP's own; of a connected one only. */
 	if (variant->connected) {
@@ -721,6 +801,324 @@ TEST_F(udp, a_record_has_the_datagrams_bytes_sum_time_and_source)
 		EXPECT_EQ(ntohs(p->sin6_port), kept.r.remote_port);
 		EXPECT_EQ(ntohs(q->sin6_port), kept.r.local_port);
 	}
+}
+
+/* ---- auto-persist ---- */
+
+static int set_auto(int fd, uint32_t on)
+{
+	return ERRNO(setsockopt(fd, SOL_PMSKB, PMSKB_AUTO_PERSIST, &on, sizeof(on)));
+}
+
+static uint64_t logged_bytes(int fd)
+{
+	struct pmskb_sock_info i;
+
+	return sock_info(fd, &i) ? 0 : i.counters.logged_bytes;
+}
+
+/* Waits until the log has so many bytes. */
+static bool comes_to(int fd, uint64_t bytes)
+{
+	int i;
+
+	for (i = 0; i < 3000 * slowness() && logged_bytes(fd) < bytes; i++)
+		usleep(1000);
+	return logged_bytes(fd) == bytes;
+}
+
+struct logged {
+	struct __test_metadata *_metadata;
+	const struct pair *p;
+	struct record r[4096];
+	int nr;
+};
+
+static int collect(struct record *r, void *arg)
+{
+	struct logged *l = arg;
+	struct __test_metadata *_metadata = l->_metadata;
+	const struct sockaddr_in6 *six = (void *)&l->p->from;
+	const struct sockaddr_in *four = (void *)&l->p->from;
+
+	EXPECT_FALSE(r->keyed);
+	EXPECT_TRUE(r->flags & REC_UDP);
+	EXPECT_EQ(0, r->tcp_seq);
+	EXPECT_NE(0, REC_TIME_SOURCE(r->flags));
+	EXPECT_EQ(ntohs(rfc1071(r->bytes, r->len)), r->csum) TH_LOG("record %lu", r->seq);
+	/* Those of a raw socket have the port only. */
+	EXPECT_EQ(ntohs(r->family == 4 ? four->sin_port : six->sin6_port), r->remote_port);
+	ASSERT_GT(ARRAY_LEN(l->r), l->nr) return -1;
+	l->r[l->nr] = *r;
+	l->r[l->nr++].bytes = memcpy(malloc(r->len + 1), r->bytes, r->len);
+	return 0;
+}
+
+static int by_number(const void *a, const void *b)
+{
+	const struct record *x = a, *y = b;
+
+	return x->seq < y->seq ? -1 : x->seq > y->seq;
+}
+
+/* The records, in their order. Of all that the pair's server has received. */
+static struct logged *log_of(struct __test_metadata *_metadata, const struct store *s, const struct pair *p)
+{
+	static struct logged l;
+
+	while (l.nr)
+		free(l.r[--l.nr].bytes);
+	l._metadata = _metadata;
+	l.p = p;
+	EXPECT_LE(0, media_scan(s->map, s->map_len, collect, &l));
+	qsort(l.r, l.nr, sizeof(l.r[0]), by_number);
+	return &l;
+}
+
+/* One each, of these lengths, with the bytes of stream seed. */
+static void expect_log(struct __test_metadata *_metadata, const struct store *s, const struct pair *p,
+		       const size_t *len, int nr, uint32_t seed)
+{
+	struct logged *l = log_of(_metadata, s, p);
+	uint64_t pos = 0;
+	int i;
+
+	EXPECT_EQ(nr, l->nr);
+	for (i = 0; i < nr && i < l->nr; i++) {
+		EXPECT_EQ(len[i], l->r[i].len) TH_LOG("record %d", i);
+		EXPECT_EQ(-1, differs(l->r[i].bytes, l->r[i].len, seed, pos)) TH_LOG("record %d", i);
+		pos += len[i];
+	}
+}
+
+/* Sends one of each length; the bytes of all of them. */
+static uint64_t send_each(struct __test_metadata *_metadata, int fd, const size_t *len, int nr, uint32_t seed)
+{
+	static uint8_t buf[MAX_LEN];
+	uint64_t pos = 0;
+	int i;
+
+	for (i = 0; i < nr; i++) {
+		fill(buf, len[i], seed, pos);
+		EXPECT_EQ(len[i], send(fd, buf, len[i], 0));
+		pos += len[i];
+	}
+	return pos;
+}
+
+static const size_t lengths[] = { 1, 1400, 0, 7, 1000, 3, 0, 0, 900, 40 };
+
+TEST_F(udp, with_auto_persist_what_a_receive_returns_has_its_record)
+{
+	static uint8_t buf[MAX_LEN];
+	uint64_t pos = 0, all;
+	struct got g;
+	size_t i;
+
+	ASSERT_EQ(0, set_auto(self->p.s, 1));
+	for (i = 0; i < ARRAY_LEN(lengths); i++) {
+		fill(buf, lengths[i], 70, pos);
+		ASSERT_EQ(lengths[i], send(self->p.c, buf, lengths[i], 0));
+		if (i % 2) {
+			ASSERT_EQ(0, sock_mode(self->p.s, PMSKB_RX_DESC));
+			ASSERT_EQ(lengths[i], get(self->p.s, &g, 0));
+			check(_metadata, &self->s, &g, lengths[i], 70, pos);
+			ASSERT_EQ(0, release(self->p.s, &g));
+		} else {
+			ASSERT_EQ(0, sock_mode(self->p.s, PMSKB_RX_BYTES));
+			memset(buf, 0, sizeof(buf));
+			ASSERT_EQ(lengths[i], recv(self->p.s, buf, sizeof(buf), 0));
+			EXPECT_EQ(-1, differs(buf, lengths[i], 70, pos));
+		}
+		pos += lengths[i];
+		EXPECT_LE(pos, logged_bytes(self->p.s));
+		/* Also one that has no bytes. */
+		EXPECT_EQ(i + 1, log_of(_metadata, &self->s, &self->p)->nr);
+	}
+	expect_log(_metadata, &self->s, &self->p, lengths, ARRAY_LEN(lengths), 70);
+	EXPECT_EQ(pos, logged_bytes(self->p.s));
+	/* Several at once, and after a restart. */
+	all = send_each(_metadata, self->p.c, lengths, ARRAY_LEN(lengths), 70);
+	ASSERT_EQ(0, sock_mode(self->p.s, PMSKB_RX_BYTES));
+	for (i = 0; i < ARRAY_LEN(lengths); i++)
+		ASSERT_EQ(lengths[i], recv(self->p.s, buf, sizeof(buf), 0));
+	EXPECT_EQ(pos + all, logged_bytes(self->p.s));
+	EXPECT_EQ(0, charged(self->p.s));
+	pair_close(&self->p);
+	ASSERT_EQ(0, store_close(&self->s));
+	ASSERT_EQ(0, store_open(&self->s, variant->dev));
+	self->references = module_references();
+	EXPECT_EQ(2 * ARRAY_LEN(lengths), log_of(_metadata, &self->s, &self->p)->nr);
+}
+
+TEST_F(udp, with_auto_persist_bytes_are_received_as_on_any_udp_socket)
+{
+	char plain[2000], ours[2000];
+	struct pair p;
+
+	ASSERT_EQ(0, pair_make(&p, &self->net, variant->connected));
+	bytes_say(&p, plain, sizeof(plain));
+	pair_close(&p);
+	ASSERT_EQ(0, sock_mode(self->p.s, PMSKB_RX_BYTES));
+	ASSERT_EQ(0, set_auto(self->p.s, 1));
+	bytes_say(&self->p, ours, sizeof(ours));
+	EXPECT_EQ(0, strcmp(plain, ours)) TH_LOG("\n  plain  %s\n  logged %s", plain, ours);
+	EXPECT_EQ(2 + 8 + 2 + 10, logged_bytes(self->p.s));
+	EXPECT_EQ(5, log_of(_metadata, &self->s, &self->p)->nr);
+}
+
+TEST_F(udp, with_auto_persist_what_nobody_reads_has_its_record_soon)
+{
+	uint64_t bytes;
+	char buf[2000];
+	size_t i;
+
+	ASSERT_EQ(0, sock_mode(self->p.s, PMSKB_RX_BYTES));
+	ASSERT_EQ(0, set_auto(self->p.s, 1));
+	bytes = send_each(_metadata, self->p.c, lengths, ARRAY_LEN(lengths), 71);
+	EXPECT_TRUE(comes_to(self->p.s, bytes));
+	expect_log(_metadata, &self->s, &self->p, lengths, ARRAY_LEN(lengths), 71);
+	/* Once only. */
+	for (i = 0; i < ARRAY_LEN(lengths); i++)
+		ASSERT_EQ(lengths[i], recv(self->p.s, buf, sizeof(buf), i % 2 ? MSG_DONTWAIT : 0));
+	EXPECT_EQ(-1, recv(self->p.s, buf, sizeof(buf), MSG_DONTWAIT));
+	expect_log(_metadata, &self->s, &self->p, lengths, ARRAY_LEN(lengths), 71);
+}
+
+TEST_F(udp, with_auto_persist_what_is_closed_unread_has_its_record)
+{
+	uint64_t bytes;
+	int waiting = 0, k;
+
+	ASSERT_EQ(0, set_auto(self->p.s, 1));
+	bytes = send_each(_metadata, self->p.c, lengths, ARRAY_LEN(lengths), 72);
+	for (k = 0; k < 1000 && charged(self->p.s) < bytes; k++)
+		usleep(1000);
+	ASSERT_EQ(0, ioctl(self->p.s, FIONREAD, &waiting));
+	close(self->p.s);
+	self->p.s = -1;
+	expect_log(_metadata, &self->s, &self->p, lengths, ARRAY_LEN(lengths), 72);
+}
+
+TEST_F(udp, with_auto_persist_a_look_has_its_record_and_makes_no_other)
+{
+	static const size_t len[] = { 5, 6, 0, 7 };
+	char buf[100];
+	struct got g;
+	int i;
+
+	ASSERT_EQ(0, sock_mode(self->p.s, PMSKB_RX_BYTES));
+	ASSERT_EQ(0, set_auto(self->p.s, 1));
+	send_each(_metadata, self->p.c, len, 4, 73);
+	ASSERT_EQ(0, setsockopt(self->p.s, SOL_SOCKET, SO_PEEK_OFF, &(int) { 2 }, sizeof(int)));
+	EXPECT_EQ(3, recv(self->p.s, buf, sizeof(buf), MSG_PEEK));
+	EXPECT_EQ(-1, differs(buf, 3, 73, 2));
+	EXPECT_EQ(6, recv(self->p.s, buf, sizeof(buf), MSG_PEEK));
+	EXPECT_EQ(-1, differs(buf, 6, 73, 5));
+	EXPECT_LE(11, logged_bytes(self->p.s));
+	ASSERT_EQ(0, setsockopt(self->p.s, SOL_SOCKET, SO_PEEK_OFF, &(int) { -1 }, sizeof(int)));
+	for (i = 0; i < 4; i++) {
+		EXPECT_EQ(len[i], recv(self->p.s, buf, sizeof(buf), MSG_PEEK));
+		ASSERT_EQ(0, sock_mode(self->p.s, PMSKB_RX_DESC));
+		EXPECT_EQ(len[i], get(self->p.s, &g, MSG_PEEK));
+		ASSERT_EQ(0, release(self->p.s, &g));
+		ASSERT_EQ(0, sock_mode(self->p.s, PMSKB_RX_BYTES));
+		EXPECT_EQ(len[i], recv(self->p.s, buf, sizeof(buf), 0));
+	}
+	expect_log(_metadata, &self->s, &self->p, len, 4, 73);
+}
+
+TEST_F(udp, with_auto_persist_merged_datagrams_have_a_record_each)
+{
+	static const size_t len[] = { 1000, 1000, 1000, 1000, 500 };
+	static uint8_t buf[10000];
+	int on = 1;
+
+	ASSERT_EQ(0, setsockopt(self->p.s, SOL_UDP, UDP_GRO, &on, sizeof(on)));
+	ASSERT_EQ(0, setsockopt(self->p.c, SOL_UDP, UDP_SEGMENT, &(int) { 1000 }, sizeof(int)));
+	ASSERT_EQ(0, set_auto(self->p.s, 1));
+	fill(buf, 4500, 74, 0);
+	ASSERT_EQ(4500, send(self->p.c, buf, 4500, 0));
+	EXPECT_TRUE(comes_to(self->p.s, 4500));
+	expect_log(_metadata, &self->s, &self->p, len, 5, 74);
+}
+
+TEST_F(udp, with_auto_persist_what_waited_when_it_was_switched_on_counts)
+{
+	uint64_t bytes;
+	char buf[10];
+	int i;
+
+	/* From before the socket had a store, and after. */
+	bytes = send_each(_metadata, self->p.c, lengths, ARRAY_LEN(lengths), 75);
+	usleep(20000);
+	EXPECT_EQ(0, logged_bytes(self->p.s));
+	ASSERT_EQ(0, set_auto(self->p.s, 1));
+	EXPECT_TRUE(comes_to(self->p.s, bytes));
+	expect_log(_metadata, &self->s, &self->p, lengths, ARRAY_LEN(lengths), 75);
+	/* And off again. */
+	ASSERT_EQ(0, set_auto(self->p.s, 0));
+	ASSERT_EQ(0, sock_mode(self->p.s, PMSKB_RX_BYTES));
+	ASSERT_EQ(5, send(self->p.c, "plain", 5, 0));
+	for (i = 0; i < (int)ARRAY_LEN(lengths) + 1; i++)
+		ASSERT_LE(0, recv(self->p.s, buf, sizeof(buf), 0));
+	EXPECT_EQ(bytes, logged_bytes(self->p.s));
+}
+
+struct reading {
+	int fd;
+	uint64_t *bytes, early, nr;
+	pthread_t thread;
+};
+
+static void *read_on(void *arg)
+{
+	struct reading *r = arg;
+	char buf[3000];
+	ssize_t n;
+
+	while ((n = recv(r->fd, buf, sizeof(buf), 0)) > 0) {
+		uint64_t sum = __atomic_add_fetch(r->bytes, n, __ATOMIC_SEQ_CST);
+
+		r->early += logged_bytes(r->fd) < sum;
+		r->nr++;
+	}
+	return NULL;
+}
+
+TEST_F_TIMEOUT(udp, with_auto_persist_several_threads_read_what_has_its_record, 120)
+{
+	enum { NR = 3, SENDS = 600 };
+	struct reading r[NR];
+	uint64_t bytes = 0, sent = 0, nr = 0, i;
+	char buf[500];
+
+	ASSERT_EQ(0, sock_mode(self->p.s, PMSKB_RX_BYTES));
+	ASSERT_EQ(0, set_auto(self->p.s, 1));
+	for (i = 0; i < NR; i++) {
+		r[i] = (struct reading) { self->p.s, &bytes };
+		ASSERT_EQ(0, pthread_create(&r[i].thread, NULL, read_on, &r[i]));
+	}
+	for (i = 0; i < SENDS; i++) {
+		size_t len = 1 + i % sizeof(buf);
+
+		fill(buf, len, 76, sent);
+		ASSERT_EQ(len, send(self->p.c, buf, len, 0));
+		sent += len;
+		if (i % 50 == 49)
+			usleep(2000);
+	}
+	for (i = 0; i < NR; i++)
+		ASSERT_EQ(0, send(self->p.c, "", 0, 0));
+	for (i = 0; i < NR; i++) {
+		pthread_join(r[i].thread, NULL);
+		EXPECT_EQ(0, r[i].early);
+		nr += r[i].nr;
+	}
+	EXPECT_EQ(SENDS, nr);
+	EXPECT_EQ(sent, bytes);
+	EXPECT_EQ(sent, logged_bytes(self->p.s));
+	EXPECT_EQ(SENDS + NR, log_of(_metadata, &self->s, &self->p)->nr);
 }
 
 TEST_F(udp, datagrams_that_are_alike_are_told_apart)
@@ -1272,6 +1670,42 @@ TEST_F(dgram, a_wrong_checksum_is_dropped_as_by_udp)
 	pair_close(&p);
 }
 
+TEST_F(dgram, with_auto_persist_a_wrong_checksum_leaves_no_record)
+{
+	static const size_t len[] = { 5, 6 };
+	uint8_t text[11];
+	char buf[10];
+	struct pair p;
+	int raw, i;
+
+	fill(text, sizeof(text), 77, 0);
+	ASSERT_EQ(0, pair_make(&p, &self->net, false));
+	ASSERT_EQ(0, sock_attach_ioctl(p.s, self->s.fd));
+	raw = socket(AF_INET, SOCK_RAW, IPPROTO_UDP);
+	ASSERT_LE(0, raw);
+	/* Unread, then read, then closed. */
+	for (i = 0; i < 3; i++)
+		ASSERT_EQ(0, send_raw(raw, &p, "wrong", 5, false));
+	ASSERT_EQ(0, set_auto(p.s, 1));
+	ASSERT_EQ(0, send_raw(raw, &p, text, 5, true));
+	EXPECT_TRUE(comes_to(p.s, 5));
+	ASSERT_EQ(0, send_raw(raw, &p, "wrong", 5, false));
+	ASSERT_EQ(0, send_raw(raw, &p, text + 5, 6, true));
+	ASSERT_EQ(0, send_raw(raw, &p, "wrong", 5, false));
+	EXPECT_EQ(5, recv(p.s, buf, sizeof(buf), 0));
+	EXPECT_EQ(6, recv(p.s, buf, sizeof(buf), 0));
+	EXPECT_EQ(0, memcmp(buf, text + 5, 6));
+	EXPECT_EQ(EAGAIN, ERRNO(recv(p.s, buf, sizeof(buf), MSG_DONTWAIT)));
+	for (i = 0; i < 3; i++)
+		ASSERT_EQ(0, send_raw(raw, &p, "wrong", 5, false));
+	usleep(30000);
+	close(raw);
+	close(p.s);
+	p.s = -1;
+	expect_log(_metadata, &self->s, &p, len, 2, 77);
+	pair_close(&p);
+}
+
 TEST_F(dgram, icmp_errors_are_those_of_any_udp_socket)
 {
 	struct net net = { AF_INET, LINK_LO };
@@ -1358,6 +1792,93 @@ TEST_F(dgram, a_datagram_for_several_sockets_reaches_each)
 	close(s[0]);
 	close(s[1]);
 	close(c);
+}
+
+TEST_F(dgram, with_auto_persist_what_is_for_several_sockets_has_a_record_of_each)
+{
+	struct sockaddr_in group = { .sin_family = AF_INET, .sin_port = 0 };
+	struct ip_mreqn member = {};
+	int s[2], c, one = 1, i;
+	socklen_t len = sizeof(group);
+	struct pair p = { -1, -1 };
+
+	inet_pton(AF_INET, "239.7.7.8", &group.sin_addr);
+	inet_pton(AF_INET, "127.0.0.1", &member.imr_address);
+	member.imr_multiaddr = group.sin_addr;
+	member.imr_ifindex = 1;
+	for (i = 0; i < 2; i++) {
+		s[i] = socket(AF_INET, SOCK_DGRAM, 0);
+		ASSERT_EQ(0, setsockopt(s[i], SOL_SOCKET, SO_REUSEADDR, &one, sizeof(one)));
+		ASSERT_EQ(0, bind(s[i], (void *)&group, sizeof(group)));
+		ASSERT_EQ(0, getsockname(s[i], (void *)&group, &len));
+		ASSERT_EQ(0, setsockopt(s[i], IPPROTO_IP, IP_ADD_MEMBERSHIP, &member, sizeof(member)));
+		ASSERT_EQ(0, sock_attach_ioctl(s[i], self->s.fd));
+		ASSERT_EQ(0, set_auto(s[i], 1));
+	}
+	c = socket(AF_INET, SOCK_DGRAM, 0);
+	ASSERT_EQ(0, setsockopt(c, IPPROTO_IP, IP_MULTICAST_IF, &member, sizeof(member)));
+	ASSERT_EQ(8, sendto(c, "everyone", 8, 0, (void *)&group, sizeof(group)));
+	/* Nobody reads; and no hook has seen whose they are. */
+	for (i = 0; i < 2; i++)
+		EXPECT_TRUE(comes_to(s[i], 8));
+	len = sizeof(p.from);
+	ASSERT_EQ(0, getsockname(c, (void *)&p.from, &len));
+	EXPECT_EQ(2, log_of(_metadata, &self->s, &p)->nr);
+	close(s[0]);
+	close(s[1]);
+	close(c);
+}
+
+TEST_F_TIMEOUT(dgram, with_auto_persist_out_of_frames_nothing_is_given_out_and_nothing_lost, 120)
+{
+	enum { NR = 200, LEN = 1400 };
+	static size_t len[NR];
+	static int fds[64];
+	static uint8_t buf[LEN];
+	int n, got = 0, err = 0, k;
+	uint64_t pos = 0;
+	struct pair p;
+
+	ASSERT_EQ(0, store_unlimited(&self->s));
+	ASSERT_EQ(0, pair_make(&p, &self->net, true));
+	ASSERT_EQ(0, sock_attach_ioctl(p.s, self->s.fd));
+	n = store_scarce(&self->s, 30, fds, ARRAY_LEN(fds));
+	ASSERT_LT(0, n);
+	ASSERT_EQ(0, set_auto(p.s, 1));
+	for (k = 0; k < NR; k++) {
+		len[k] = LEN;
+		fill(buf, LEN, 78, (uint64_t)k * LEN);
+		ASSERT_EQ(LEN, send(p.c, buf, LEN, 0));
+	}
+	while (got < NR) {
+		if (recv(p.s, buf, LEN, MSG_DONTWAIT) != LEN) {
+			err = errno;
+			break;
+		}
+		EXPECT_EQ(-1, differs(buf, LEN, 78, pos));
+		pos += LEN;
+		got++;
+		EXPECT_LE(pos, logged_bytes(p.s));
+	}
+	EXPECT_GT(NR, got) TH_LOG("there were frames for all of it");
+	EXPECT_TRUE(err == ENOBUFS || err == ENOSPC) TH_LOG("%s", strerror(err));
+	while (n)
+		close(fds[--n]);
+	for (k = 0; got < NR;) {
+		ssize_t m = recv(p.s, buf, LEN, 0);
+
+		/* Those that were closed are not free at once. */
+		if (m < 0 && (errno == ENOBUFS || errno == ENOSPC) && k++ < 1000 * slowness()) {
+			usleep(1000);
+			continue;
+		}
+		ASSERT_EQ(LEN, m) TH_LOG("%s", strerror(errno));
+		EXPECT_EQ(-1, differs(buf, LEN, 78, pos));
+		pos += LEN;
+		got++;
+	}
+	expect_log(_metadata, &self->s, &p, len, NR, 78);
+	pair_close(&p);
 }
 
 TEST_F(dgram, each_socket_of_a_reuseport_group_has_its_own)

@@ -60,12 +60,22 @@
 #define PMSKB_QUOTA		8
 
 /**
- * PMSKB_AUTO_PERSIST - set, get: __u32, 0 or 1; of TCP. With 1, all that the socket
- * receives is in the log before a call returns it: a record a packet, without a key,
- * with the packet's checksum, time, flow and TCP sequence number. What nobody reads
- * gets its records soon after it came. Accepted sockets inherit it.
+ * PMSKB_AUTO_PERSIST - set, get: __u32, 0 or 1. With 1, all that the socket receives
+ * is in the log before a call returns it: a record a packet (of UDP a datagram),
+ * without a key, with its checksum, time, flow and TCP sequence number. What nobody
+ * reads gets its records soon after it came. Accepted sockets inherit it.
  */
 #define PMSKB_AUTO_PERSIST	7
+
+/** PMSKB_MAX_RX_COPY - most of PMSKB_RX_COPY, bytes. */
+#define PMSKB_MAX_RX_COPY	65536
+/**
+ * PMSKB_RX_COPY - set, get: __u32, 0 to PMSKB_MAX_RX_COPY. Of what a receive in
+ * descriptor mode describes, so many of the first bytes are copied to its iovec, too, as
+ * far as there is room: a parser needs no mapping. The iovec's length then bounds nothing
+ * else. Accepted sockets inherit it.
+ */
+#define PMSKB_RX_COPY		9
 
 /**
  * enum pmskb_rx_mode - what receive calls return

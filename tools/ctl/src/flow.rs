@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! What came over a TCP connection, put together again from the records of auto-persist.
+//! What came over a TCP connection, or in datagrams, put together again from the records of
+//! auto-persist.
 
 use std::{fs::File, io, io::Write, net::SocketAddr, path::Path, process::ExitCode};
 
@@ -13,6 +14,7 @@ use crate::{records::failed, source::Log, text};
 /// Both ends of a connection, as `ls` prints them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ends {
+    udp: bool,
     remote: SocketAddr,
     local: SocketAddr,
 }
@@ -22,22 +24,27 @@ impl std::str::FromStr for Ends {
 
     fn from_str(from: &str) -> Result<Self, String> {
         let from = from.trim();
-        let ends = from.strip_prefix("tcp").map_or(from, str::trim_start);
+        let udp = from.strip_prefix("udp");
+        let ends = udp
+            .or(from.strip_prefix("tcp"))
+            .unwrap_or(from)
+            .trim_start();
         let parsed = ends.split_once(['>', ',']).and_then(|(remote, local)| {
             let end = |text: &str| text.trim().parse().ok();
             Some(Self {
+                udp: udp.is_some(),
                 remote: end(remote)?,
                 local: end(local)?,
             })
         });
         parsed.ok_or_else(|| {
-            "this is not ADDRESS:PORT,ADDRESS:PORT (the peer's first; of IPv6 [ADDRESS]:PORT)"
+            "this is not [udp ]ADDRESS:PORT,ADDRESS:PORT (the peer's first; of IPv6 [ADDRESS]:PORT)"
                 .into()
         })
     }
 }
 
-/// A run of records that follow each other in the stream.
+/// A run of records that follow each other in the stream; or of datagrams one, or all.
 struct Part {
     records: Vec<Record>,
     bytes: u64,
@@ -52,19 +59,24 @@ fn follows(part: &Part, record: &Record) -> Option<u32> {
     (back <= record.len).then(|| record.len - back)
 }
 
-/// Records without a key of a connection, in the order of the log, which is that of the stream.
-fn parts(catalog: &Catalog, ends: Ends) -> anyhow::Result<Vec<Part>> {
+/// Records without a key of a connection, in the order of the log, which is that of the stream; of
+/// datagrams each is a part if they are wanted `apart`.
+fn parts(catalog: &Catalog, ends: Ends, apart: bool) -> anyhow::Result<Vec<Part>> {
     let mut parts: Vec<Part> = Vec::new();
     for record in Log::new(catalog, false, (0, u64::MAX)) {
         let record = record.map_err(|e| failed("cannot read the records", e))?;
-        let meant = |flow| text::ends(flow) == (ends.remote, ends.local) && !flow.udp;
+        let meant = |flow| text::ends(flow) == (ends.remote, ends.local) && flow.udp == ends.udp;
         if record.keyed() || !record.meta.flow.as_ref().is_some_and(meant) {
             continue;
         }
-        match parts.last_mut().map(|part| (follows(part, &record), part)) {
+        let more = |part: &Part| match ends.udp {
+            true => (!apart).then_some(record.len),
+            false => follows(part, &record),
+        };
+        match parts.last_mut().map(|part| (more(part), part)) {
             Some((Some(more), part)) => {
                 part.bytes += u64::from(more);
-                if more > 0 {
+                if more > 0 || ends.udp {
                     part.records.push(record);
                 }
             }
@@ -77,7 +89,7 @@ fn parts(catalog: &Catalog, ends: Ends) -> anyhow::Result<Vec<Part>> {
     Ok(parts)
 }
 
-fn write(catalog: &Catalog, part: &Part, out: &mut dyn Write) -> anyhow::Result<()> {
+fn write(catalog: &Catalog, udp: bool, part: &Part, out: &mut dyn Write) -> anyhow::Result<()> {
     let mut next = part.records.first().map_or(0, |r| r.meta.tcp_seq);
     let mut bytes = Vec::new();
     for record in &part.records {
@@ -88,7 +100,10 @@ fn write(catalog: &Catalog, part: &Part, out: &mut dyn Write) -> anyhow::Result<
         if !whole {
             bail!("record {} was truncated meanwhile", record.seq);
         }
-        let skip = next.wrapping_sub(record.meta.tcp_seq) as usize;
+        let skip = match udp {
+            true => 0,
+            false => next.wrapping_sub(record.meta.tcp_seq) as usize,
+        };
         out.write_all(bytes.get(skip..).unwrap_or_default())?;
         next = record.meta.tcp_seq.wrapping_add(record.len);
     }
@@ -104,13 +119,13 @@ pub fn get(
     output: Option<&Path>,
     json: bool,
 ) -> anyhow::Result<ExitCode> {
-    let parts = parts(catalog, ends)?;
+    let parts = parts(catalog, ends, part.is_some())?;
     let seqs = |part: &Part| {
         let seq = |record: Option<&Record>| record.map_or(0, |record| record.seq);
         (seq(part.records.first()), seq(part.records.last()))
     };
     let chosen = match (part, parts.as_slice()) {
-        (_, []) => bail!("there are no records of this connection\n  `pmskbctl ls` shows the connections of those that are"),
+        (_, []) => bail!("there are no records of this connection\n  `pmskbctl ls` shows the connections of those that are; of datagrams they begin with `udp`"),
         (None, [only]) => only,
         (Some(n), parts) => n.checked_sub(1).and_then(|n| parts.get(n)).with_context(|| {
             format!("there are {} parts, no part {n}", parts.len())
@@ -131,10 +146,10 @@ pub fn get(
         Some(path) => {
             let mut file =
                 File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
-            write(catalog, chosen, &mut file)?;
+            write(catalog, ends.udp, chosen, &mut file)?;
         }
         None if json => {}
-        None => write(catalog, chosen, &mut io::stdout().lock())?,
+        None => write(catalog, ends.udp, chosen, &mut io::stdout().lock())?,
     }
     if json {
         let (first, last) = seqs(chosen);
@@ -164,11 +179,13 @@ mod tests {
         assert_eq!(v4, "10.0.0.1:5,10.0.0.2:80".parse().unwrap());
         assert_eq!(v4.remote.port(), 5);
         assert!("[::1]:5,[::2]:80".parse::<Ends>().is_ok());
+        let udp = "udp 10.0.0.1:5 > 10.0.0.2:80".parse::<Ends>().unwrap();
+        assert_eq!(udp, Ends { udp: true, ..v4 });
         for bad in [
             "",
             "10.0.0.1:5",
             "10.0.0.1,10.0.0.2",
-            "udp 1.2.3.4:5 > 1.2.3.4:5",
+            "sctp 1.2.3.4:5 > 1.2.3.4:5",
             "a:1,b:2",
         ] {
             assert!(bad.parse::<Ends>().is_err(), "{bad}");

@@ -51,10 +51,12 @@ pub struct Get {
     /// The record with this sequence number
     #[arg(long, value_name = "N", conflicts_with_all = ["key", "key_hex"])]
     seq: Option<u64>,
-    /// All that came over a TCP connection with auto-persist: PEER:PORT,LOCAL:PORT
+    /// All that came over a TCP connection with auto-persist: PEER:PORT,LOCAL:PORT; with "udp "
+    /// before it, in datagrams
     #[arg(long, value_name = "ENDS", conflicts_with_all = ["key", "key_hex", "seq"])]
     flow: Option<Ends>,
-    /// Of several streams with these ends, or with a gap between: this one
+    /// Of several streams with these ends, or with a gap between: this one; of datagrams only
+    /// this one
     #[arg(long, value_name = "N", requires = "flow")]
     part: Option<usize>,
     /// Write to this file; by default to the standard output

@@ -200,8 +200,9 @@ fn records_are_listed_filtered_and_got() {
     assert_eq!(run(&image.0, &["get", "nope"]).status.code(), Some(2));
 }
 
-/// Appends a record of a connection, without a key.
-fn log(store: &mut Core, port: u16, tcp_seq: u32, bytes: &[u8]) {
+/// Appends a record of a connection, without a key; without a sequence number, of a datagram.
+fn log(store: &mut Core, port: u16, tcp_seq: impl Into<Option<u32>>, bytes: &[u8]) {
+    let tcp_seq = tcp_seq.into();
     let frame = store.frames().alloc(None, pmskb_core::Need::New).unwrap();
     store.pm().write(frame.off(), bytes).unwrap();
     let meta = Meta {
@@ -214,15 +215,15 @@ fn log(store: &mut Core, port: u16, tcp_seq: u32, bytes: &[u8]) {
             },
             remote_port: port,
             local_port: 80,
-            udp: false,
+            udp: tcp_seq.is_none(),
         }),
-        tcp_seq,
+        tcp_seq: tcp_seq.unwrap_or(0),
         ..Meta::default()
     };
-    let extents = [Extent::new(frame.off(), bytes.len() as u32)];
+    let extent = Extent::new(frame.off(), bytes.len() as u32);
     let args = PutArgs {
         key: Key::None,
-        extents: &extents,
+        extents: if bytes.is_empty() { &[] } else { &[extent] },
         meta,
         mode: PutMode::Upsert,
         if_seq: None,
@@ -270,6 +271,31 @@ fn a_connection_is_put_together_again() {
             .code(),
         Some(2)
     );
+}
+
+#[test]
+fn datagrams_are_put_together_or_got_one_by_one() {
+    let (bytes, _) = region_with(|store| {
+        log(store, 5, None, b"one");
+        log(store, 5, 9, b"a stream");
+        log(store, 6, None, b"somebody else");
+        log(store, 5, None, b"");
+        log(store, 5, None, b"three");
+    });
+    let image = Image::new("datagrams", &bytes);
+    let get = |more: &[&str]| {
+        let flow = ["get", "--flow", "udp 10.0.2.2:5 > 10.0.2.15:80"];
+        run(&image.0, &[&flow, more].concat())
+    };
+    assert_eq!(String::from_utf8_lossy(&get(&[]).stdout), "onethree");
+    for (part, bytes) in [("1", "one"), ("2", ""), ("3", "three")] {
+        let out = get(&["--part", part]);
+        assert!(out.status.success());
+        assert_eq!(String::from_utf8_lossy(&out.stdout), bytes);
+    }
+    assert_eq!(get(&["--part", "4"]).status.code(), Some(2));
+    let value: serde_json::Value = serde_json::from_slice(&get(&["--json"]).stdout).unwrap();
+    assert_eq!((&value["bytes"], &value["records"]), (&8.into(), &3.into()));
 }
 
 #[test]

@@ -259,11 +259,11 @@ impl Fd {
         Ok(())
     }
 
-    /// What it receives is to be in the log before the program gets it. UDP cannot have that.
+    /// What it receives is to be in the log before the program gets it.
     fn persist_all(self) -> Result<(), Errno> {
         let on = 1u32;
         // SAFETY: a number, and its size.
-        let result = answer(unsafe {
+        answer(unsafe {
             libc::syscall(
                 libc::SYS_setsockopt,
                 self.0,
@@ -272,11 +272,8 @@ impl Fd {
                 &raw const on,
                 size_of_val(&on),
             )
-        });
-        match result {
-            Err(Errno(libc::EOPNOTSUPP)) => Ok(()),
-            other => other.map(drop),
-        }
+        })
+        .map(drop)
     }
 
     fn option<T: Default>(self, level: c_int, name: c_int) -> Option<T> {

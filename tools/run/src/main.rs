@@ -54,7 +54,7 @@ struct Args {
     /// A socket that cannot be attached is an error of the call that made it, and no plain socket
     #[arg(long)]
     require: bool,
-    /// What TCP sockets receive is made durable in the store's log before the program gets it
+    /// What sockets receive is made durable in the store's log before the program gets it
     #[arg(long)]
     auto_persist: bool,
     /// The program and its arguments

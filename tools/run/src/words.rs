@@ -8,7 +8,7 @@ pub const STORE: &str = "PMSKB_RUN_STORE";
 pub const REQUIRE: &str = "PMSKB_RUN_REQUIRE";
 /// Set: a line on the standard error for each socket.
 pub const VERBOSE: &str = "PMSKB_RUN_VERBOSE";
-/// Set: TCP sockets get auto-persist.
+/// Set: sockets get auto-persist.
 pub const AUTO: &str = "PMSKB_RUN_AUTO";
 /// A file of [`COUNTS_LEN`] bytes to count sockets in.
 pub const COUNTS: &str = "PMSKB_RUN_COUNTS";
