@@ -304,8 +304,10 @@ impl<'a> Locked<'a> {
     /// `sk` is a valid TCP or UDP socket for `'a`.
     pub(crate) unsafe fn try_new(sk: NonNull<ext::sock>) -> Option<Self> {
         // SAFETY: As the caller says.
+        let locked = unsafe { ext::pmskb_trylock_sock(sk.as_ptr()) };
+        // Not made before: what is made unlocks when it goes.
         // INVARIANT: Locked just now.
-        unsafe { ext::pmskb_trylock_sock(sk.as_ptr()) }.then_some(Self {
+        locked.then(|| Self {
             sk,
             _sk: PhantomData,
             _thread: NotThreadSafe,
@@ -839,7 +841,7 @@ impl<'a> Datagram<'a> {
         // SAFETY: By the type invariants.
         // INVARIANT: It was in the queue, so nobody else takes it from there.
         let taken = unsafe { ext::pmskb_udp_take(self.sk.as_ptr(), self.skb.0.as_ptr()) };
-        taken.then_some(Received {
+        taken.then(|| Received {
             datagram: self,
             peeked: false,
         })
