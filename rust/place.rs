@@ -37,7 +37,7 @@ use crate::{
     skb::{
         self, Arriving, Facts, Fresh, Head, CHECKSUM_COMPLETE, CHECKSUM_NONE, CHECKSUM_UNNECESSARY,
     },
-    sock::{self, errno, Family, Found, Net, Tuple},
+    sock::{self, errno, Family, Found, Net, Transport, Tuple},
     store::Store,
     udp,
 };
@@ -793,7 +793,8 @@ fn arrived(skb: &mut Arriving<'_>, net: Net, family: Family) {
     let distrust = Distrusted::key(net, facts.ifindex);
     let placed = place(skb, &segment, &facts, distrust, &store, &mut rx, &mut work);
     drop(rx);
-    if ctx.auto() {
+    // UDP says when it has queued one.
+    if ctx.auto() && ctx.transport() == Transport::Tcp {
         auto::arrived(ctx);
     }
     if work.mismatch {
