@@ -46,6 +46,7 @@ use kernel::{
     static_lock_class,
     sync::{
         atomic::{Atomic, Relaxed},
+        barrier::smp_mb,
         rcu, Arc, Mutex,
     },
     transmute::{AsBytes, FromBytes},
@@ -71,6 +72,8 @@ pub(crate) struct Own {
     pub(crate) logged: Option<u32>,
     /// Of UDP: the last datagram that has a record. While it is in the queue, so have those before.
     pub(crate) recorded: Option<Kept>,
+    /// Of those that came as one packet and come next, how many have.
+    pub(crate) begun: Option<(Kept, usize)>,
 }
 
 impl Own {
@@ -83,7 +86,16 @@ impl Own {
             copied: 0,
             logged: None,
             recorded: None,
+            begun: None,
         }
+    }
+}
+
+impl Own {
+    /// Which datagrams have a record, with auto-persist. Any context but hard interrupts.
+    fn forget_datagrams(&mut self) {
+        self.recorded = None;
+        self.begun = None;
     }
 }
 
@@ -123,6 +135,10 @@ pub(crate) struct Ctx {
     /// When the last packet came, and before when the work item need not look: jiffies.
     pub(crate) came: Atomic<usize>,
     pub(crate) not_before: Atomic<usize>,
+    /// The work item could not make records of what it has.
+    pub(crate) failing: Atomic<u32>,
+    /// It is in the list of those that wait.
+    listed: Atomic<u32>,
     mode: Atomic<u32>,
     /// `PMSKB_CRC32C`.
     crc32c: Atomic<u32>,
@@ -179,6 +195,8 @@ impl Ctx {
                 auto: Atomic::new(0),
                 came: Atomic::new(0),
                 not_before: Atomic::new(crate::host::jiffies()),
+                failing: Atomic::new(0),
+                listed: Atomic::new(0),
                 mode: Atomic::new(ext::pmskb_rx_mode_PMSKB_RX_BYTES),
                 crc32c: Atomic::new(0),
                 copy: Atomic::new(0),
@@ -438,7 +456,7 @@ impl Ctx {
         cursor.release(store.frames());
         own.cursor.release(store.frames());
         own.tokens.clear(store.frames());
-        own.recorded = None;
+        own.forget_datagrams();
         self.tokens_changed(own);
         self.minor.store(u32::MAX, Relaxed);
         {
@@ -548,6 +566,7 @@ impl Sockets {
         unsafe {
             Self::unlink((*ctx).link.get());
             if Self::unlink((*ctx).waiting.get()) {
+                (*ctx).listed.store(0, Relaxed);
                 self.nr_waiting.fetch_sub(1, Relaxed);
             }
         }
@@ -585,6 +604,11 @@ impl Sockets {
 /// Remembers that a socket has received something; whether it was not known, and is attached. Any
 /// context but hard interrupts.
 pub(crate) fn wait(ctx: &Ctx) -> bool {
+    // What came before this is seen by whoever takes it off the list, or this sees that it is off.
+    smp_mb();
+    if ctx.listed.load(Relaxed) != 0 {
+        return false;
+    }
     SOCKETS.locked(|| {
         // SAFETY: The list's lock is held. What is on the first list is taken off both before it
         // is freed.
@@ -594,6 +618,7 @@ pub(crate) fn wait(ctx: &Ctx) -> bool {
             }
             Sockets::append(SOCKETS.waiting.get(), ctx.waiting.get());
         }
+        ctx.listed.store(1, Relaxed);
         SOCKETS.nr_waiting.add(1, Relaxed);
         true
     })
@@ -617,6 +642,8 @@ pub(crate) fn next_waiting() -> Option<NonNull<ext::sock>> {
                 let ctx = link
                     .byte_sub(core::mem::offset_of!(Ctx, waiting))
                     .cast::<Ctx>();
+                (*ctx).listed.store(0, Relaxed);
+                smp_mb();
                 let sk = (*ctx).sk;
                 if ext::pmskb_sock_tryget(sk.as_ptr()) {
                     return Some(sk);
@@ -803,7 +830,12 @@ unsafe fn attach(sk: NonNull<ext::sock>, store: &Arc<Store>) -> Result {
         Some(_) => Err(EBUSY),
         None => {
             let account = Account::new(GFP_KERNEL)?;
-            ctx.set_store(own, store, hooks, account)
+            ctx.set_store(own, store, hooks, account)?;
+            if ctx.auto() {
+                // Since it lost another one.
+                auto::arrived(ctx);
+            }
+            Ok(())
         }
     }
 }
@@ -881,7 +913,7 @@ pub(crate) unsafe fn set_option(
                 let mut locked = unsafe { Locked::new(sk) };
                 let ctx = locked.ctx().ok_or(errno(bindings::EUNATCH))?;
                 ctx.auto.store(0, Relaxed);
-                ctx.own(&mut locked).recorded = None;
+                ctx.own(&mut locked).forget_datagrams();
                 return Ok(0);
             }
             // SAFETY: As the caller says.
@@ -897,7 +929,7 @@ pub(crate) unsafe fn set_option(
                 // What is there already counts, too.
                 let own = ctx.own(&mut attached.locked);
                 own.logged = None;
-                own.recorded = None;
+                own.forget_datagrams();
                 auto::arrived(ctx);
             }
             Ok(0)

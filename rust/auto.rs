@@ -10,7 +10,8 @@
 //!
 //! What is in UDP's was not always checked: [`persist_datagrams`] does it, and makes a record of each
 //! that is right; of those that came as one packet, one each. Which of them have one is a reference
-//! of the last that does (`Own::recorded`), which whoever takes datagrams out cannot make wrong.
+//! of the last that does (`Own::recorded`), which whoever takes datagrams out cannot make wrong; if
+//! not all of one packet's could be made, the next try goes on with the next (`Own::begun`).
 //! Receives of either kind are `datagram.rs`.
 //!
 //! - Calls that read from TCP take turns (`Ctx::turn`): what TCP's code gives out after ours has let
@@ -32,7 +33,7 @@ use crate::{
     descriptor::{Control, Source},
     host, place, receive,
     skb::Queued,
-    sock::{self, errno, Datagram, Locked, Stream, Transport},
+    sock::{self, errno, Datagram, Locked, Received, Stream, Transport},
     store::Store,
     submit::{Log, Logged},
 };
@@ -52,8 +53,10 @@ const RETRY: u32 = 1000;
 const UNACCEPTED: u32 = 100;
 /// Ticks that a packet may need from the hook to the receive queue.
 const ON_ITS_WAY: usize = 2;
-/// Batches of datagrams that are made records of in one go.
-const MOST_BATCHES: u32 = 1 << 14;
+/// Batches of datagrams that are made records of in one go, while others wait for the socket.
+const BATCHES: u32 = 8;
+/// More than a receive buffer can have: what is in it stays there.
+const MOST_BATCHES: u32 = 1 << 16;
 
 /// `proto.recvmsg`.
 pub(crate) type Recv =
@@ -107,6 +110,7 @@ fn batch(locked: &mut Stream<'_>, ctx: &Ctx, from: u32) -> (u32, Result) {
         }
         let mut done = 0;
         while done < len {
+            let over = over && log.len() == 0;
             let held = source.hold(skb, off + done, len - done, over)?;
             done += u32::from(held.note.len);
             log.add(held)?;
@@ -125,66 +129,90 @@ fn count(ctx: &Ctx, store: &Store, done: Logged) {
     }
 }
 
-/// Whether a datagram in the queue has its record.
+/// Whether a datagram in the queue has its record, if its checksum is right.
 pub(crate) fn is_recorded(locked: &mut Locked<'_>, ctx: &Ctx, datagram: &Datagram<'_>) -> bool {
     let last = &ctx.own(locked).recorded;
     last.as_ref().is_some_and(|last| datagram.is_upto(last))
 }
 
+/// A datagram was taken out of the queue.
+pub(crate) fn taken(locked: &mut Locked<'_>, ctx: &Ctx, received: &Received<'_>) {
+    let recorded = &mut ctx.own(locked).recorded;
+    if recorded.as_ref().is_some_and(|last| received.is(last)) {
+        // Nothing of it is to stay; and no other has a record.
+        *recorded = None;
+    }
+}
+
 /// Makes records of some of the datagrams that have none yet, from the first of them on; whether
-/// there were any. Those with a wrong checksum are dropped. The error, if not even the first one has
-/// its record now.
+/// there were any. Those with a wrong checksum are passed over: they are the receiver's to drop.
+/// The error, if not even the first one has its record now.
 pub(crate) fn persist_datagrams(locked: &mut Locked<'_>, ctx: &Ctx) -> Result<bool> {
     let store = ctx.own(locked).store.clone().ok_or(EIO)?;
     let _inside = store.enter()?;
     let mut log = Log::of_datagrams(&store, ctx.crc32c(&store));
-    // Those that will have one, and how many records there are with each one's own.
+    // Those that have been looked at, and how many records there are up to each one.
     let mut seen = KVVec::with_capacity(Datagram::BATCH, GFP_KERNEL)?;
     let mut looked = Ok(());
     let mut any = false;
     let last = ctx.own(locked).recorded.take();
     let batch = locked.datagrams_after(last.as_ref());
-    ctx.own(locked).recorded = last;
+    let own = ctx.own(locked);
+    own.recorded = last;
+    let begun = own.begun.take();
     for datagram in batch {
         any = true;
-        if log.is_full() {
+        if looked.is_err() || log.is_full() {
             break;
         }
-        if !datagram.is_right() {
-            datagram.discard();
-            continue;
+        if datagram.is_right() {
+            let begun = begun.as_ref().filter(|(kept, _)| datagram.is(kept));
+            let skip = begun.map_or(0, |(_, records)| *records);
+            looked = record(&mut log, ctx, own, &store, &datagram, skip);
         }
-        let before = log.len();
-        looked = record(&mut log, ctx, ctx.own(locked), &store, &datagram)
-            .and_then(|()| Ok(seen.push((datagram.keep(), log.len()), GFP_KERNEL)?));
-        if looked.is_err() {
-            // All of it or nothing.
-            log.truncate(before);
-            break;
-        }
+        let upto = if looked.is_ok() {
+            log.len()
+        } else {
+            usize::MAX
+        };
+        // There is room.
+        seen.push((datagram.keep(), upto), GFP_KERNEL)?;
     }
     let (done, committed) = log.commit();
     count(ctx, &store, done);
-    let recorded = seen
-        .iter()
-        .take_while(|(_, records)| *records <= done.records);
-    match recorded.count() {
-        0 => committed.and(looked)?,
-        n => {
-            seen.truncate(n);
-            ctx.own(locked).recorded = seen.pop().map(|(last, _)| last);
+    let (mut last, mut next, mut more) = (None, None, done.records);
+    for (kept, upto) in seen {
+        if upto > done.records {
+            next = Some(kept);
+            break;
         }
+        last = Some(kept);
+        more = done.records - upto;
+    }
+    // Of several datagrams that came as one packet, some may have theirs.
+    own.begun = next.and_then(|next| {
+        let before = begun.filter(|(kept, _)| *kept == next);
+        let records = more + before.map_or(0, |(_, records)| records);
+        (records > 0).then_some((next, records))
+    });
+    if last.is_none() && more == 0 {
+        committed.and(looked)?;
+    }
+    if last.is_some() {
+        own.recorded = last;
     }
     Ok(any)
 }
 
-/// The records of a packet that is one datagram or several.
+/// The records of a packet that is one datagram or several, but the first `skip` of them. After an
+/// error there are some of them.
 fn record(
     log: &mut Log<'_>,
     ctx: &Ctx,
     own: &mut Own,
     store: &Store,
     datagram: &Datagram<'_>,
+    skip: usize,
 ) -> Result {
     own.copied = own.copied.wrapping_add(1);
     let queued = datagram.queued(own.copied | 1 << 31);
@@ -194,21 +222,31 @@ fn record(
         store,
         cursor: &mut own.cursor,
     };
-    let (flow, stamp) = (datagram.flow(), place::stamp(&queued.facts()));
+    let flow = datagram.flow();
     let (len, segment) = (queued.len(), queued.segment());
-    let mut at = 0u32;
-    loop {
+    if len == 0 {
+        // What has bytes has their stamp.
+        return log.datagram(&flow, Some(place::stamp(&queued.facts())));
+    }
+    for at in (0..len).step_by(segment.max(1) as usize).skip(skip) {
         let end = at.saturating_add(segment).min(len);
-        log.datagram(&flow, stamp)?;
-        while at < end {
-            let held = source.hold(&queued, at, end - at, over)?;
-            at += u32::from(held.note.len);
-            log.add(held)?;
-        }
-        if at >= len {
-            return Ok(());
+        let records = log.len();
+        let added = log.datagram(&flow, None).and_then(|()| {
+            let mut at = at;
+            while at < end {
+                // Over the quota for the first alone.
+                let held = source.hold(&queued, at, end - at, over && records == 0)?;
+                at += u32::from(held.note.len);
+                log.add(held)?;
+            }
+            Ok(())
+        });
+        if added.is_err() {
+            log.truncate(records);
+            return added;
         }
     }
+    Ok(())
 }
 
 /// `recvmsg()` in bytes of a socket with auto-persist; `base` is TCP's own.
@@ -262,7 +300,9 @@ pub(crate) unsafe fn recvmsg(
             drop(locked);
             return call(len, flags);
         }
-        if ready > 0 && locked.passes_urgent() {
+        let from = if peek { locked.peek_offset() } else { 0 };
+        ready = ready.saturating_sub(from);
+        if ready > 0 && locked.passes_urgent(from) {
             if done > 0 {
                 return Ok(done);
             }
@@ -272,9 +312,6 @@ pub(crate) unsafe fn recvmsg(
                 continue;
             }
             ready -= 1;
-        }
-        if peek {
-            ready = ready.saturating_sub(locked.peek_offset());
         }
         let target = match flag(bindings::MSG_WAITALL) {
             true => len,
@@ -378,14 +415,13 @@ pub(crate) unsafe fn splice(
 pub(crate) fn finish_datagrams(locked: &mut Locked<'_>, ctx: &Ctx) {
     if ctx.auto() {
         // Who closes a socket gives up what is in it.
-        let _ = all_datagrams(locked, ctx);
+        let _ = more_datagrams(locked, ctx, MOST_BATCHES);
     }
 }
 
-/// Makes records of all datagrams that have none; whether there may be more.
-fn all_datagrams(locked: &mut Locked<'_>, ctx: &Ctx) -> Result<bool> {
-    // As many as the socket can have, or more; what has a wrong checksum makes room for others.
-    for _ in 0..MOST_BATCHES {
+/// Makes records of datagrams that have none, of so many batches; whether there may be more.
+fn more_datagrams(locked: &mut Locked<'_>, ctx: &Ctx, batches: u32) -> Result<bool> {
+    for _ in 0..batches {
         if !persist_datagrams(locked, ctx)? {
             return Ok(false);
         }
@@ -468,7 +504,7 @@ unsafe fn look_after(sk: NonNull<ext::sock>) -> bool {
             let (_, result) = persist(&mut locked, ctx);
             // It may be on its way still.
             let soon = host::jiffies().wrapping_sub(ctx.came.load(Relaxed)) <= ON_ITS_WAY;
-            looked(ctx, result.map(|()| soon))
+            looked(&locked, ctx, result.map(|()| soon))
         }
         Transport::Udp => {
             // SAFETY: As the caller says.
@@ -478,14 +514,19 @@ unsafe fn look_after(sk: NonNull<ext::sock>) -> bool {
             let Some(ctx) = locked.ctx().filter(|ctx| ctx.auto()) else {
                 return false;
             };
-            let result = all_datagrams(&mut locked, ctx);
-            looked(ctx, result)
+            let result = more_datagrams(&mut locked, ctx, BATCHES);
+            looked(&locked, ctx, result)
         }
     }
 }
 
 /// Whether there is to be another look, and not too soon if this one failed.
-fn looked(ctx: &Ctx, again: Result<bool>) -> bool {
+fn looked(locked: &Locked<'_>, ctx: &Ctx, again: Result<bool>) -> bool {
+    let failing = again.is_err();
+    if ctx.failing.xchg(u32::from(failing), Relaxed) != 0 && !failing {
+        // Those who were told of an error may receive now.
+        locked.tell_ready();
+    }
     again.unwrap_or_else(|_| {
         put_off(ctx, RETRY);
         true

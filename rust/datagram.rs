@@ -155,15 +155,15 @@ pub(crate) unsafe fn recvmsg(
             // SAFETY: As the caller says.
             match unsafe { Datagram::first(sk, flags | DONTWAIT) } {
                 Ok(First::Datagram(datagram)) => {
-                    if ctx.auto() {
-                        if !auto::is_recorded(&mut locked, ctx, &datagram) {
-                            auto::persist_datagrams(&mut locked, ctx)?;
-                            drop(locked);
-                            crate::host::resched();
-                            continue;
-                        }
-                    } else if !datagram.is_right() {
+                    if !datagram.is_right() {
                         datagram.discard();
+                        drop(locked);
+                        crate::host::resched();
+                        continue;
+                    }
+                    if ctx.auto() && !auto::is_recorded(&mut locked, ctx, &datagram) {
+                        drop(datagram);
+                        auto::persist_datagrams(&mut locked, ctx)?;
                         drop(locked);
                         crate::host::resched();
                         continue;
@@ -185,6 +185,9 @@ pub(crate) unsafe fn recvmsg(
                         described?;
                         continue;
                     };
+                    if !peek {
+                        auto::taken(&mut locked, ctx, &received);
+                    }
                     drop(locked);
                     if !describes {
                         // SAFETY: As the caller says.

@@ -1326,49 +1326,67 @@ struct sk_buff *pmskb_udp_peek(struct sock *sk, int flags, int *off, int *err)
 }
 
 /*
- * Datagrams that come after that one (from the first one on, if it is NULL or not in the queue any
- * more), at most max, with a reference of each. Their number; they are on reader_queue then.
+ * The one after that one, or the first. Both queues are locked, and stay as they are: who waits for
+ * a datagram looks at sk_receive_queue alone before he sleeps, so only a reader may move any.
+ */
+static struct sk_buff *pmskb_udp_next(struct sock *sk, const struct sk_buff *skb)
+{
+	struct sk_buff_head *reader = &udp_sk(sk)->reader_queue;
+	struct sk_buff *next = skb ? skb->next : reader->next;
+
+	if (next == (struct sk_buff *)reader)
+		next = sk->sk_receive_queue.next;
+	return next == (struct sk_buff *)&sk->sk_receive_queue ? NULL : next;
+}
+
+/*
+ * Datagrams that come after that one (from the first one on, if it is NULL or not in a queue any
+ * more), at most max, with a reference of each. Their number.
  */
 unsigned int pmskb_udp_after(struct sock *sk, const struct sk_buff *last, struct sk_buff **to,
 			     unsigned int max)
 {
-	struct sk_buff_head *queue = &udp_sk(sk)->reader_queue;
+	struct sk_buff_head *reader = &udp_sk(sk)->reader_queue;
 	struct sk_buff *skb;
 	unsigned int nr = 0;
 
 	if (!sk_is_udp(sk))
 		return 0;
-	spin_lock_bh(&queue->lock);
+	spin_lock_bh(&reader->lock);
 	spin_lock(&sk->sk_receive_queue.lock);
-	skb_queue_splice_tail_init(&sk->sk_receive_queue, queue);
-	spin_unlock(&sk->sk_receive_queue.lock);
-	skb = last && last->next ? last->next : queue->next;
-	for (; skb != (struct sk_buff *)queue && nr < max; skb = skb->next) {
+	skb = pmskb_udp_next(sk, last && last->next ? last : NULL);
+	for (; skb && nr < max; skb = pmskb_udp_next(sk, skb)) {
 		/*
-		 * Or a peek at an empty one puts a copy in its place, if there is another reference.
-		 * With SO_PEEK_OFF it is passed over now.
+		 * Else a peek at an empty one puts a copy in its place, if there is another
+		 * reference. With SO_PEEK_OFF it is passed over now.
 		 */
-		if (!skb->len && !skb_shared(skb))
+		if (!skb->len && !skb->peeked) {
+			if (WARN_ON_ONCE(skb_shared(skb)))
+				break;
 			skb->peeked = 1;
+		}
 		to[nr++] = skb_get(skb);
 	}
-	spin_unlock_bh(&queue->lock);
+	spin_unlock(&sk->sk_receive_queue.lock);
+	spin_unlock_bh(&reader->lock);
 	return nr;
 }
 
-/* Whether a datagram of reader_queue comes before that one, or is it. Not if that one is gone. */
+/* Whether a datagram comes before that one, or is it. Not if one of them is in no queue any more. */
 bool pmskb_udp_is_upto(struct sock *sk, const struct sk_buff *skb, const struct sk_buff *last)
 {
-	struct sk_buff_head *queue = &udp_sk(sk)->reader_queue;
+	struct sk_buff_head *reader = &udp_sk(sk)->reader_queue;
 	const struct sk_buff *at = NULL;
 
-	spin_lock_bh(&queue->lock);
+	spin_lock_bh(&reader->lock);
+	spin_lock(&sk->sk_receive_queue.lock);
 	if (last->next && skb->next) {
-		skb_queue_walk(queue, at)
-			if (at == skb || at == last)
-				break;
+		do
+			at = pmskb_udp_next(sk, at);
+		while (at && at != skb && at != last);
 	}
-	spin_unlock_bh(&queue->lock);
+	spin_unlock(&sk->sk_receive_queue.lock);
+	spin_unlock_bh(&reader->lock);
 	return at == skb;
 }
 
@@ -1532,10 +1550,24 @@ void pmskb_msg_revert(struct msghdr *msg, size_t n)
 	iov_iter_revert(&msg->msg_iter, n);
 }
 
-/* Of a packet that is several datagrams, payload bytes of each but the last; else 0. */
+/*
+ * Of a packet that is several datagrams, payload bytes of each but the last; else 0. Who makes one
+ * for us (a guest, a tun device) may say anything.
+ */
 unsigned int pmskb_skb_segment(const struct sk_buff *skb)
 {
-	return skb_shinfo(skb)->gso_size;
+	const struct skb_shared_info *info = skb_shinfo(skb);
+
+	if (!(info->gso_type & SKB_GSO_UDP_L4) || !info->gso_size ||
+	    DIV_ROUND_UP(skb->len, info->gso_size) > UDP_MAX_SEGMENTS)
+		return 0;
+	return info->gso_size;
+}
+
+/* There is something that can be received, though nothing has come. */
+void pmskb_sk_tell_ready(struct sock *sk)
+{
+	READ_ONCE(sk->sk_data_ready)(sk);
 }
 
 /*

@@ -229,6 +229,7 @@ int pmskb_skb_copy_to(const struct sk_buff *skb, int off, struct msghdr *msg, in
 size_t pmskb_msg_room(struct msghdr *msg);
 void pmskb_msg_revert(struct msghdr *msg, size_t n);
 unsigned int pmskb_skb_segment(const struct sk_buff *skb);
+void pmskb_sk_tell_ready(struct sock *sk);
 struct socket *pmskb_socket_get(int fd, int *err);
 void pmskb_socket_put(struct socket *sock);
 void pmskb_lock_sock(struct sock *sk);

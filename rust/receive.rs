@@ -51,12 +51,13 @@ fn pass(
     let peeked = progress.peeked;
     if ctx.auto() {
         let (ready, result) = auto::persist(locked, ctx);
-        if ready <= peeked.unwrap_or(0) {
+        let from = peeked.unwrap_or(0);
+        // An urgent byte that is passed over is one of them.
+        let from = from.saturating_add(usize::from(locked.passes_urgent(from)));
+        if ready <= from {
             result?;
         }
-        // An urgent byte that is passed over is one of them.
-        let passed = peeked.unwrap_or(usize::from(locked.passes_urgent()));
-        limit = limit.min(ready.saturating_sub(passed));
+        limit = limit.min(ready.saturating_sub(from));
         if limit == 0 {
             return Ok(End::Drained);
         }

@@ -472,12 +472,12 @@ impl Queued<'_> {
     }
 
     /// Of datagrams that came as one packet, payload bytes of each but the last; of others all of
-    /// them.
+    /// them. Of no more datagrams than UDP sends as one.
     pub(crate) fn segment(&self) -> u32 {
         // SAFETY: By the type invariants.
         match unsafe { ext::pmskb_skb_segment(self.skb.as_ptr()) } {
             0 => self.len(),
-            segment => segment.min(self.len()),
+            segment => segment,
         }
     }
 }

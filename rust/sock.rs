@@ -331,6 +331,12 @@ impl<'a> Locked<'a> {
         unsafe { Datagram::after(self.sk, last) }
     }
 
+    /// Tells who waits that there is something to receive, though nothing has come.
+    pub(crate) fn tell_ready(&self) {
+        // SAFETY: By the type invariants.
+        unsafe { ext::pmskb_sk_tell_ready(self.sk.as_ptr()) };
+    }
+
     /// Its addresses and ports.
     pub(crate) fn flow(&self) -> Flow {
         let mut raw = ext::pmskb_flow::default();
@@ -441,9 +447,10 @@ impl Stream<'_> {
         unsafe { ext::pmskb_tcp_at_urg(self.0.sk.as_ptr()) }
     }
 
-    /// The next byte is the urgent one, and not to be received in line.
-    pub(crate) fn passes_urgent(&self) -> bool {
-        self.at_urgent() && !self.urgent_in_line()
+    /// The byte that is so far from the next one is the urgent one, and not to be received in line.
+    pub(crate) fn passes_urgent(&self, off: usize) -> bool {
+        let at = self.copied_seq().wrapping_add(off as u32);
+        self.before_urgent(at) == 0 && !self.urgent_in_line()
     }
 
     /// Where a look begins, from the next byte on (`SO_PEEK_OFF`).
@@ -672,6 +679,7 @@ impl Stream<'_> {
 /// # Invariants
 ///
 /// It is ours.
+#[derive(PartialEq, Eq)]
 pub(crate) struct Kept(NonNull<bindings::sk_buff>);
 
 impl Drop for Kept {
@@ -782,6 +790,11 @@ impl<'a> Datagram<'a> {
         }
     }
 
+    /// Whether it is this one.
+    pub(crate) fn is(&self, kept: &Kept) -> bool {
+        self.skb.0 == kept.0
+    }
+
     /// Whether it comes before `last`, or is it, and that is still in the queue.
     pub(crate) fn is_upto(&self, last: &Kept) -> bool {
         // SAFETY: By the type invariants; there are references of both.
@@ -859,6 +872,11 @@ pub(crate) struct Received<'a> {
 }
 
 impl Received<'_> {
+    /// Whether it is this one.
+    pub(crate) fn is(&self, kept: &Kept) -> bool {
+        self.datagram.is(kept)
+    }
+
     /// Its bytes, from where the look begins.
     pub(crate) fn left(&self) -> u32 {
         let len = self.datagram.queued(0).len();

@@ -897,12 +897,15 @@ impl<'a> Log<'a> {
         self.ops.len()
     }
 
-    /// Begins the record of a datagram, with its stamp. `ENOMEM`.
-    pub(crate) fn datagram(&mut self, from: &sock::Flow, (time, source): (u64, u8)) -> Result {
+    /// Begins the record of a datagram; with its stamp, if it has no bytes that bring theirs.
+    /// `ENOMEM`.
+    pub(crate) fn datagram(&mut self, from: &sock::Flow, stamp: Option<(u64, u8)>) -> Result {
         let mut op = self.op();
         op.meta.flow = flow(from, true);
-        op.meta.time = time;
-        op.meta.time_source = time_source(source);
+        if let Some((time, source)) = stamp {
+            op.meta.time = time;
+            op.meta.time_source = time_source(source);
+        }
         Ok(self.ops.push(op, GFP_KERNEL)?)
     }
 

@@ -1834,56 +1834,73 @@ TEST_F(dgram, with_auto_persist_what_is_for_several_sockets_has_a_record_of_each
 	close(c);
 }
 
-TEST_F_TIMEOUT(dgram, with_auto_persist_out_of_frames_nothing_is_given_out_and_nothing_lost, 120)
+/* With `merged`, five of them arrive as one packet and are received as one. */
+static void out_of_frames(struct __test_metadata *_metadata, struct store *s, const struct net *net, bool merged)
 {
-	enum { NR = 200, LEN = 1400 };
+	enum { NR = 200, LEN = 1400, MERGED = 5 };
+	static uint8_t buf[LEN * MERGED];
 	static size_t len[NR];
 	static int fds[64];
-	static uint8_t buf[LEN];
-	int n, got = 0, err = 0, k;
-	uint64_t pos = 0;
+	size_t size = merged ? sizeof(buf) : LEN;
+	uint64_t pos = 0, all = (uint64_t)NR * LEN;
+	int n, err = 0, k, on = 1;
 	struct pair p;
 
-	ASSERT_EQ(0, store_unlimited(&self->s));
-	ASSERT_EQ(0, pair_make(&p, &self->net, true));
-	ASSERT_EQ(0, sock_attach_ioctl(p.s, self->s.fd));
-	n = store_scarce(&self->s, 30, fds, ARRAY_LEN(fds));
+	ASSERT_EQ(0, store_unlimited(s));
+	ASSERT_EQ(0, pair_make(&p, net, true));
+	ASSERT_EQ(0, sock_attach_ioctl(p.s, s->fd));
+	if (merged) {
+		ASSERT_EQ(0, setsockopt(p.s, SOL_UDP, UDP_GRO, &on, sizeof(on)));
+		ASSERT_EQ(0, setsockopt(p.c, SOL_UDP, UDP_SEGMENT, &(int) { LEN }, sizeof(int)));
+	}
+	n = store_scarce(s, 30, fds, ARRAY_LEN(fds));
 	ASSERT_LT(0, n);
 	ASSERT_EQ(0, set_auto(p.s, 1));
-	for (k = 0; k < NR; k++) {
+	for (k = 0; k < NR; k++)
 		len[k] = LEN;
-		fill(buf, LEN, 78, (uint64_t)k * LEN);
-		ASSERT_EQ(LEN, send(p.c, buf, LEN, 0));
+	for (; pos < all; pos += size) {
+		fill(buf, size, 78, pos);
+		ASSERT_EQ(size, send(p.c, buf, size, 0));
 	}
-	while (got < NR) {
-		if (recv(p.s, buf, LEN, MSG_DONTWAIT) != LEN) {
+	/* The work item tries as well, again and again. */
+	for (pos = 0; pos < all; pos += size) {
+		if (recv(p.s, buf, size, MSG_DONTWAIT) != (ssize_t)size) {
 			err = errno;
 			break;
 		}
-		EXPECT_EQ(-1, differs(buf, LEN, 78, pos));
-		pos += LEN;
-		got++;
-		EXPECT_LE(pos, logged_bytes(p.s));
+		EXPECT_EQ(-1, differs(buf, size, 78, pos));
+		EXPECT_LE(pos + size, logged_bytes(p.s));
 	}
-	EXPECT_GT(NR, got) TH_LOG("there were frames for all of it");
+	EXPECT_GT(all, pos) TH_LOG("there were frames for all of it");
 	EXPECT_TRUE(err == ENOBUFS || err == ENOSPC) TH_LOG("%s", strerror(err));
+	for (k = 0; k < 20; k++)
+		EXPECT_GT(0, recv(p.s, buf, size, MSG_DONTWAIT));
 	while (n)
 		close(fds[--n]);
-	for (k = 0; got < NR;) {
-		ssize_t m = recv(p.s, buf, LEN, 0);
+	for (k = 0; pos < all;) {
+		ssize_t m = recv(p.s, buf, size, 0);
 
 		/* Those that were closed are not free at once. */
 		if (m < 0 && (errno == ENOBUFS || errno == ENOSPC) && k++ < 1000 * slowness()) {
 			usleep(1000);
 			continue;
 		}
-		ASSERT_EQ(LEN, m) TH_LOG("%s", strerror(errno));
-		EXPECT_EQ(-1, differs(buf, LEN, 78, pos));
-		pos += LEN;
-		got++;
+		ASSERT_EQ(size, m) TH_LOG("%s", strerror(errno));
+		EXPECT_EQ(-1, differs(buf, size, 78, pos));
+		pos += size;
 	}
-	expect_log(_metadata, &self->s, &p, len, NR, 78);
+	expect_log(_metadata, s, &p, len, NR, 78);
 	pair_close(&p);
+}
+
+TEST_F_TIMEOUT(dgram, with_auto_persist_out_of_frames_nothing_is_given_out_and_nothing_lost, 120)
+{
+	out_of_frames(_metadata, &self->s, &self->net, false);
+}
+
+TEST_F_TIMEOUT(dgram, with_auto_persist_out_of_frames_none_of_a_packet_has_two_records, 120)
+{
+	out_of_frames(_metadata, &self->s, &self->net, true);
 }
 
 TEST_F(dgram, each_socket_of_a_reuseport_group_has_its_own)
