@@ -875,6 +875,71 @@ bool pmskb_cmsg_room(const struct msghdr *msg, int len)
 	return msg->msg_control && msg->msg_controllen >= need;
 }
 
+/*
+ * The first control message of ours after @at, or at all, in what sendmsg() was given. NULL if
+ * there is none; those after one that is not well formed are none.
+ */
+struct cmsghdr *pmskb_cmsg_next(struct msghdr *msg, struct cmsghdr *at)
+{
+	/* recvmsg() has it in user memory. */
+	if (msg->msg_control_is_user)
+		return NULL;
+	for (at = at ? CMSG_NXTHDR(msg, at) : CMSG_FIRSTHDR(msg); at; at = CMSG_NXTHDR(msg, at)) {
+		if (!CMSG_OK(msg, at))
+			return NULL;
+		if (at->cmsg_level == SOL_PMSKB)
+			return at;
+	}
+	return NULL;
+}
+
+/* What a socket says to the control messages that are not ours. */
+int pmskb_cmsg_check(struct sock *sk, struct msghdr *msg)
+{
+	struct sockcm_cookie cookie = { .tsflags = READ_ONCE(sk->sk_tsflags) };
+	int err;
+
+	err = sock_cmsg_send(sk, msg, &cookie);
+	if (err)
+		return err;
+	/* The iovec is no memory of the process. */
+	return cookie.dmabuf_id ? -EOPNOTSUPP : 0;
+}
+
+/* Control messages for what is not the end of a call: no timestamp of its last byte. */
+void pmskb_cmsg_no_stamps(struct msghdr *msg)
+{
+	static const struct {
+		struct cmsghdr head;
+		u32 flags;
+	} none = {
+		.head = {
+			.cmsg_len = CMSG_LEN(sizeof(u32)),
+			.cmsg_level = SOL_SOCKET,
+			.cmsg_type = SO_TIMESTAMPING_OLD,
+		},
+	};
+
+	msg->msg_control = (void *)&none;
+	msg->msg_controllen = sizeof(none);
+}
+
+bool pmskb_sk_sends_no_more(const struct sock *sk)
+{
+	return READ_ONCE(sk->sk_err) || (READ_ONCE(sk->sk_shutdown) & SEND_SHUTDOWN);
+}
+
+long pmskb_sock_sndtimeo(const struct sock *sk, bool noblock)
+{
+	return sock_sndtimeo(sk, noblock);
+}
+
+/* Sends what MSG_MORE has kept back. The socket is open, and not locked. */
+void pmskb_tcp_push(struct sock *sk)
+{
+	pmskb_sk_prot(sk)->splice_eof(sk->sk_socket);
+}
+
 struct socket *pmskb_socket_get(int fd, int *err)
 {
 	return sockfd_lookup(fd, err);

@@ -16,6 +16,7 @@
 //! | `descriptor.rs` | packet descriptors, from what is in a receive queue |
 //! | `receive.rs` | TCP's `recvmsg()` in descriptor mode |
 //! | `datagram.rs` | UDP's `recvmsg()` in descriptor mode |
+//! | `send.rs` | TCP's `sendmsg()` with records among what it sends |
 //! | `token.rs` | a socket's holds |
 //! | `submit.rs` | arrays of operations: put, delete, release |
 //! | `uapi.rs` | structures of the interface |
@@ -23,7 +24,7 @@
 //! | `device.rs` | `/dev/pmskbN`: map, read, splice, ioctl |
 //! | `buffer.rs` | frames for the application's own data |
 //! | `object.rs` | a record, open as a file |
-//! | `read.rs` | from ranges of a region to iov and pipe |
+//! | `read.rs` | from ranges of a region to iov, pipe and socket |
 //! | `file.rs` | files of ours that are no device's |
 //! | `store.rs` | a formatted region, attached |
 //! | `quota.rs` | how many frames sockets may hold |
@@ -66,6 +67,7 @@ mod quota;
 mod read;
 mod receive;
 mod region;
+mod send;
 mod skb;
 mod sock;
 mod store;

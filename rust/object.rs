@@ -24,7 +24,7 @@ use core::mem::size_of;
 use kernel::{
     bindings, c_str,
     ffi::c_uint,
-    fs::file::FileDescriptorReservation,
+    fs::{file::FileDescriptorReservation, LocalFile},
     prelude::*,
     sync::Arc,
     uaccess::{UserPtr, UserSlice},
@@ -37,7 +37,7 @@ struct Span {
 }
 
 /// A record's object.
-struct Object {
+pub(crate) struct Object {
     /// In the object's order; each has a hold on each of its frames.
     spans: KVVec<Span>,
     /// After the holds in the order of drops: without files the store may be detached.
@@ -102,6 +102,13 @@ impl Object {
         let record = wanted.find(core)?;
         object.hold(core, &record)?;
         Ok((object, record))
+    }
+
+    /// The record that `fd` is open on. `EBADF` if it is not open, `EINVAL` if it is something else.
+    pub(crate) fn of_fd(fd: i32) -> Result<Arc<Self>> {
+        let fd = u32::try_from(fd).map_err(|_| EBADF)?;
+        let file = LocalFile::fget(fd).map_err(|_| EBADF)?;
+        file::of(&file).ok_or(EINVAL)
     }
 
     /// Takes the holds. What was taken before an error goes with the object.

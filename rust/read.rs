@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! From ranges of a region to who reads or splices them: the one way for all files.
+//! From ranges of a region to who reads, splices or sends them: the one way for all files.
 
 use crate::{
     bindings as ext,
@@ -8,6 +8,7 @@ use crate::{
     region::PAGE,
     store::Store,
 };
+use core::mem::ManuallyDrop;
 use kernel::{bindings, ffi::c_uint, iov::IovIterDest, prelude::*};
 
 pub(crate) use crate::frame::Frame;
@@ -42,6 +43,76 @@ pub(crate) trait Ranges {
     /// What is at `pos` of the file, and how many of `len` bytes from there are of one kind, in
     /// one page of the region. None at the end.
     fn part(&self, pos: u64, len: u64) -> Option<(Part, usize)>;
+}
+
+/// Bytes in one page of a region, for whoever sends them on.
+///
+/// # Invariants
+///
+/// They are within the page, on which one reference is ours. `bio_vec` is what the kernel names
+/// such bytes by.
+#[repr(transparent)]
+pub(crate) struct PagePart(bindings::bio_vec);
+
+impl PagePart {
+    /// How many bytes.
+    pub(crate) fn len(&self) -> usize {
+        self.0.bv_len as usize
+    }
+
+    /// Puts them into a pipe.
+    ///
+    /// # Safety
+    ///
+    /// The caller holds the pipe's mutex.
+    unsafe fn splice(self, pipe: *mut bindings::pipe_inode_info) -> Result {
+        let part = ManuallyDrop::new(self).0;
+        // SAFETY: As the caller says. The reference goes with the page, whatever the answer.
+        let ret = unsafe {
+            ext::pmskb_splice_page(pipe.cast(), part.bv_page, part.bv_offset, part.bv_len)
+        };
+        if ret < 0 {
+            return Err(Error::from_errno(ret as i32));
+        }
+        Ok(())
+    }
+}
+
+impl Drop for PagePart {
+    fn drop(&mut self) {
+        // SAFETY: The reference is ours.
+        unsafe { ext::pmskb_page_put(self.0.bv_page) };
+    }
+}
+
+/// What is at a position of a file, for whoever sends it on.
+pub(crate) enum Piece {
+    /// In a frame.
+    Page(PagePart),
+    /// In no frame, so many bytes.
+    Elsewhere(usize),
+}
+
+/// What is at `pos` of a file, `len` bytes at most. None at the end. `EIO` if the media cannot be
+/// read there, or the store is gone. Process context.
+pub(crate) fn piece(from: &impl Ranges, pos: u64, len: u64) -> Result<Option<Piece>> {
+    let store = from.store();
+    let _entered = store.enter()?;
+    let Some((part, bytes)) = from.part(pos, len) else {
+        return Ok(None);
+    };
+    let (frame, off) = match part {
+        Part::Bad => return Err(EIO),
+        Part::Zeros | Part::Meta(_) => return Ok(Some(Piece::Elsewhere(bytes))),
+        Part::Data(frame, off) => (frame, off),
+    };
+    let page = store.frames().get_any_page(frame).ok_or(EIO)?;
+    // INVARIANT: A part is within one page; the reference was just taken.
+    Ok(Some(Piece::Page(PagePart(bindings::bio_vec {
+        bv_page: page.as_ptr(),
+        bv_len: bytes as c_uint,
+        bv_offset: (off % PAGE as u64) as c_uint,
+    }))))
 }
 
 /// `file_operations::read_iter`.
@@ -113,27 +184,25 @@ pub(crate) unsafe fn splice_read(
 ) -> isize {
     // SAFETY: The caller's.
     let pos = unsafe { &mut *ppos };
-    let store = from.store();
     let mut done = 0usize;
     let result = (|| {
         // SAFETY: The caller holds the pipe's mutex.
         let mut room = unsafe { ext::pmskb_pipe_room(pipe.cast()) };
         while done < len && room > 0 {
-            let _entered = store.enter()?;
             let at = u64::try_from(*pos).map_err(|_| EINVAL)?;
-            let Some((part, nr)) = from.part(at, (len - done) as u64) else {
-                break;
-            };
-            let (frame, off) = match part {
-                Part::Bad => return Err(EIO),
-                Part::Data(frame, off) => (frame, off),
+            let bytes = match piece(from, at, (len - done) as u64)? {
+                None => break,
+                Some(Piece::Page(page)) => {
+                    let bytes = page.len();
+                    // SAFETY: The caller holds the pipe's mutex.
+                    unsafe { page.splice(pipe) }?;
+                    bytes
+                }
+                Some(Piece::Elsewhere(_)) if done > 0 => break,
                 // Not for long in one place: copied.
-                Part::Zeros | Part::Meta(_) => {
-                    if done > 0 {
-                        break;
-                    }
+                Some(Piece::Elsewhere(bytes)) => {
                     // SAFETY: As we were called, for the rest of the page.
-                    let ret = unsafe { bindings::copy_splice_read(file, pos, pipe, nr, flags) };
+                    let ret = unsafe { bindings::copy_splice_read(file, pos, pipe, bytes, flags) };
                     if ret < 0 {
                         return Err(Error::from_errno(ret as i32));
                     }
@@ -141,22 +210,9 @@ pub(crate) unsafe fn splice_read(
                     break;
                 }
             };
-            let page = store.frames().get_any_page(frame).ok_or(EIO)?;
-            // SAFETY: The reference goes with the page, whatever the answer.
-            let ret = unsafe {
-                ext::pmskb_splice_page(
-                    pipe.cast(),
-                    page.as_ptr(),
-                    (off % PAGE as u64) as c_uint,
-                    nr as c_uint,
-                )
-            };
-            if ret < 0 {
-                return Err(Error::from_errno(ret as i32));
-            }
             room -= 1;
-            done += nr;
-            *pos += nr as i64;
+            done += bytes;
+            *pos += bytes as i64;
         }
         Ok(())
     })();

@@ -554,6 +554,45 @@ impl Stream<'_> {
         })
     }
 
+    /// Sends as `sendmsg()` does with `msg`: how many bytes. The lock is given up while it waits.
+    ///
+    /// # Safety
+    ///
+    /// `msg` is for sending `len` bytes.
+    pub(crate) unsafe fn send(&mut self, msg: &mut bindings::msghdr, len: usize) -> Result<usize> {
+        // SAFETY: By the type invariants; `msg` as the caller says.
+        let sent = unsafe { ext::tcp_sendmsg_locked(self.0.sk.as_ptr(), msg, len) };
+        usize::try_from(sent).map_err(|_| Error::from_errno(sent))
+    }
+
+    /// A send answers with an error now.
+    pub(crate) fn sends_no_more(&self) -> bool {
+        // SAFETY: By the type invariants.
+        unsafe { ext::pmskb_sk_sends_no_more(self.0.sk.as_ptr()) }
+    }
+
+    /// How long a send may wait, jiffies.
+    pub(crate) fn send_timeout(&self, noblock: bool) -> c_long {
+        // SAFETY: By the type invariants.
+        unsafe { ext::pmskb_sock_sndtimeo(self.0.sk.as_ptr(), noblock) }
+    }
+
+    /// Sleeps until there is room in the send buffer, `timeout` passes, a signal comes or the
+    /// connection ends. The lock is given up meanwhile. Errors are for [`Self::send_error`].
+    pub(crate) fn wait_for_room(&mut self, timeout: &mut c_long) -> Result {
+        // SAFETY: By the type invariants; nothing of the queue is borrowed.
+        to_result(unsafe { ext::sk_stream_wait_memory(self.0.sk.as_ptr(), timeout) })
+    }
+
+    /// What a send with these flags answers to an error: the socket's own, if there is one; it sends
+    /// `SIGPIPE`.
+    pub(crate) fn send_error(&mut self, flags: c_int, error: Error) -> Error {
+        // SAFETY: By the type invariants.
+        Error::from_errno(unsafe {
+            ext::sk_stream_error(self.0.sk.as_ptr(), flags, error.to_errno())
+        })
+    }
+
     /// Shows the bytes of the receive queue to `actor` as `tcp_read_sock()` does: a packet, an
     /// offset in it, how many bytes from there; the actor answers how many of them it took, or
     /// an error, which is the answer if nothing at all was taken. Stops before urgent data.

@@ -26,6 +26,7 @@ macro_rules! plain {
 plain! {
     pmskb_token_range: 2 * 4,
     pmskb_ext: 4 * 4,
+    pmskb_send: 2 * 4 + 2 * 8,
     pmskb_op: 2 * 2 + 4 + 8 + 2 * 4 + 8 + 4 * 8,
     pmskb_result: 8 + 4 + 2 + 2,
     pmskb_submit: 2 * 8 + 2 * 4 + 8,

@@ -4,8 +4,9 @@
 //!
 //! There is no upper layer protocol for UDP. A socket becomes ours by `PMSKB_IOC_ATTACH_SOCKET`:
 //! under its lock, and as long as nobody else has changed its operations or uses `sk_user_data`,
-//! `sk_prot` is replaced by a copy with our `close`, `recvmsg`, `setsockopt` and `getsockopt`. How
-//! datagrams reach the queue, and what ICMP errors do, stays UDP's: this is no encapsulation.
+//! `sk_prot` is replaced by a copy with our `close`, `sendmsg`, `recvmsg`, `setsockopt` and
+//! `getsockopt`. How datagrams reach the queue, and what ICMP errors do, stays UDP's: this is no
+//! encapsulation.
 //!
 //! # States
 //!
@@ -32,6 +33,7 @@ use crate::{
     cell::Static,
     datagram,
     place::HookUse,
+    send,
     sock::{errno, Locked, Net, OptVal, SocketFile, Transport},
     store::Store,
 };
@@ -291,6 +293,28 @@ unsafe extern "C" fn proto_recvmsg<const FAMILY: usize>(
     })
 }
 
+/// # Safety
+///
+/// As `proto.sendmsg` is called.
+unsafe extern "C" fn proto_sendmsg<const FAMILY: usize>(
+    sk: *mut ext::sock,
+    msg: *mut bindings::msghdr,
+    len: usize,
+) -> c_int {
+    // SAFETY: As we were called; `msg` is the caller's.
+    if unsafe { (*msg).msg_controllen != 0 && send::is_asked(&mut *msg) } {
+        // A datagram has room for few pages, and where a record lies is not for the sender to know.
+        return errno(bindings::EOPNOTSUPP).to_errno();
+    }
+    // SAFETY: As we were called.
+    unsafe {
+        match (*base(FAMILY)).sendmsg {
+            Some(send) => send(sk, msg, len),
+            None => ENOTSUPP.to_errno(),
+        }
+    }
+}
+
 // ---- module ----
 
 /// Learns UDP's operations and makes ours. At module init, once. Without IPv6 there are none for
@@ -320,6 +344,7 @@ fn fill<const FAMILY: usize>(v6: bool) -> Result {
         let proto = &mut *proto.get();
         proto.owner = crate::this_module();
         proto.close = Some(proto_close::<FAMILY>);
+        proto.sendmsg = Some(proto_sendmsg::<FAMILY>);
         proto.recvmsg = Some(proto_recvmsg::<FAMILY>);
         proto.setsockopt = Some(proto_setsockopt::<FAMILY>);
         proto.getsockopt = Some(proto_getsockopt::<FAMILY>);

@@ -25,6 +25,7 @@ use crate::{
     auto, bindings as ext,
     cell::Static,
     receive,
+    send::{self, Payload},
     sock::{errno, OptVal, SocketFile, Stream, Transport},
 };
 use core::ptr::{self, NonNull};
@@ -406,6 +407,40 @@ unsafe extern "C" fn proto_recvmsg<const FAMILY: usize>(
     })
 }
 
+/// # Safety
+///
+/// As `proto.sendmsg` is called.
+unsafe extern "C" fn proto_sendmsg<const FAMILY: usize>(
+    sk: *mut ext::sock,
+    msg: *mut bindings::msghdr,
+    len: usize,
+) -> c_int {
+    // SAFETY: As we were called; `msg` is the caller's.
+    let payload = unsafe {
+        if (*msg).msg_controllen == 0 {
+            None
+        } else {
+            Payload::of(&mut *msg).transpose()
+        }
+    };
+    let Some(payload) = payload else {
+        // SAFETY: As we were called.
+        return unsafe {
+            match (*base(FAMILY)).sendmsg {
+                Some(send) => send(sk, msg, len),
+                None => ENOTSUPP.to_errno(),
+            }
+        };
+    };
+    from_result(|| {
+        let sk = NonNull::new(sk).ok_or(EINVAL)?;
+        // SAFETY: `sendmsg()` has a reference to the socket's file, and has not locked it; `msg` is
+        // its own, for sending `len` bytes.
+        let n = unsafe { send::sendmsg(sk, &mut *msg, len, payload?) }?;
+        Ok(n.min(c_int::MAX as usize) as c_int)
+    })
+}
+
 /// TCP's own operations of the `socket`.
 fn base_ops(family: usize) -> *const bindings::proto_ops {
     // SAFETY: No requirements.
@@ -537,6 +572,7 @@ fn fill<const FAMILY: usize>() {
         proto.owner = crate::this_module();
         proto.close = Some(proto_close::<FAMILY>);
         proto.disconnect = Some(proto_disconnect::<FAMILY>);
+        proto.sendmsg = Some(proto_sendmsg::<FAMILY>);
         proto.recvmsg = Some(proto_recvmsg::<FAMILY>);
         proto.setsockopt = Some(proto_setsockopt::<FAMILY>);
         proto.getsockopt = Some(proto_getsockopt::<FAMILY>);

@@ -298,6 +298,26 @@ int store_back(const struct store *s, int ms, struct pmskb_store_info *info)
 	}
 }
 
+int store_flood(const struct store *s)
+{
+	struct pmskb_alloc a = { .len = PMSKB_MAX_BUFFER };
+	int fds[64], nr = 0, frames = 0;
+
+	while (nr < (int)ARRAY_LEN(fds) && a.len >= PMSKB_FRAME_SIZE) {
+		if (ioctl(s->fd, PMSKB_IOC_ALLOC, &a)) {
+			if (errno != ENOSPC)
+				break;
+			a.len /= 2;
+			continue;
+		}
+		fds[nr++] = a.fd;
+		frames += a.len / PMSKB_FRAME_SIZE;
+	}
+	while (nr)
+		close(fds[--nr]);
+	return frames;
+}
+
 int store_drained(const struct store *s, struct pmskb_store_info *info)
 {
 	int k, err;
@@ -698,6 +718,30 @@ int send_all(int fd, const void *buf, size_t len)
 		len -= n;
 	}
 	return 0;
+}
+
+ssize_t send_ranges(int fd, const void *head, size_t len, const struct pmskb_send *s, int nr, int flags)
+{
+	char control[(PMSKB_MAX_SENDS + 1) * CMSG_SPACE(sizeof(*s))] = {};
+	struct iovec iov = { (void *)head, len };
+	struct msghdr msg = {
+		.msg_iov = &iov,
+		.msg_iovlen = 1,
+		.msg_control = control,
+		.msg_controllen = nr * CMSG_SPACE(sizeof(*s)),
+	};
+	struct cmsghdr *c = CMSG_FIRSTHDR(&msg);
+	ssize_t n;
+	int i;
+
+	for (i = 0; i < nr; i++, c = CMSG_NXTHDR(&msg, c)) {
+		c->cmsg_level = SOL_PMSKB;
+		c->cmsg_type = PMSKB_CMSG_SEND;
+		c->cmsg_len = CMSG_LEN(sizeof(*s));
+		memcpy(CMSG_DATA(c), &s[i], sizeof(*s));
+	}
+	n = sendmsg(fd, &msg, flags);
+	return n < 0 ? -errno : n;
 }
 
 int recv_all(int fd, void *buf, size_t len)

@@ -88,6 +88,8 @@ int store_back(const struct store *s, int ms, struct pmskb_store_info *info);
  * descriptors it has put into fds; closing them gives the frames back.
  */
 int store_scarce(const struct store *s, uint64_t left, int *fds, int nr);
+/* Others use every frame that is free, and write to it. Their number. */
+int store_flood(const struct store *s);
 /* Sets a limit of the store, quota_* in sysfs; returns 0 or -errno. */
 int store_limit(const struct store *s, const char *what, unsigned long value);
 /* Sockets may have all frames: for tests that want none left. */
@@ -174,6 +176,11 @@ ssize_t differs(const void *buf, size_t len, uint32_t seed, uint64_t pos);
 uint16_t rfc1071(const void *buf, size_t len);
 uint16_t rfc1071_norm(uint16_t sum_be);
 int send_all(int fd, const void *buf, size_t len);
+/*
+ * One sendmsg() of bytes and, in nr control messages, ranges of records: how many bytes it has
+ * sent, or -errno.
+ */
+ssize_t send_ranges(int fd, const void *head, size_t len, const struct pmskb_send *s, int nr, int flags);
 int recv_all(int fd, void *buf, size_t len);
 /* Sends len bytes of stream seed in a child process that then exits. */
 struct sender {

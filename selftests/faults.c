@@ -890,8 +890,10 @@ TEST_F_TIMEOUT(faults, a_truncation_that_fails_can_be_done_again, 300)
 
 TEST_F_TIMEOUT(faults, a_record_that_could_not_be_opened_leaves_no_file, 300)
 {
+	struct pmskb_send range;
 	struct pmskb_open o;
 	static char got[40000];
+	struct conn c;
 	int err, p[2];
 	ssize_t n;
 
@@ -936,6 +938,24 @@ TEST_F_TIMEOUT(faults, a_record_that_could_not_be_opened_leaves_no_file, 300)
 		close(p[0]);
 		sound(_metadata, &self->world, &sp);
 	}
+	range = (struct pmskb_send) { .fd = o.fd, .len = o.len };
+	ASSERT_EQ(0, conn_make(&c, &lo, self->world.s.fd, HOW_ACCEPTED_IOCTL));
+	settle(_metadata, &self->world);
+	/* ENOBUFS is the kernel's, for the control messages. */
+	SWEEP(sm, "sendmsg of a record", ENOMEM, EFAULT, ENOBUFS) {
+		sweep_arm(&sm);
+		n = send_ranges(c.s, "abc", 3, &range, 1, 0);
+		sweep_end(&sm, n < 0 ? n : 0);
+		/* What it says that it has sent, and nothing else. */
+		ASSERT_EQ(0, send_all(c.s, "end", 3));
+		n = n < 0 ? 0 : n;
+		ASSERT_EQ(0, recv_all(c.c, got, n + 3));
+		EXPECT_EQ(0, memcmp(got + n, "end", 3)) TH_LOG("point %u", sm.nth);
+		if (n > 3)
+			EXPECT_EQ(-1, differs(got + 3, n - 3, SEED + 2, 0)) TH_LOG("point %u", sm.nth);
+		sound(_metadata, &self->world, &sm);
+	}
+	conn_close(&c);
 	close(o.fd);
 	settle(_metadata, &self->world);
 }

@@ -23,6 +23,11 @@
 	STRUCT(pmskb_token_range, 8) \
 		FIELD(pmskb_token_range, first, 0, 4) \
 		FIELD(pmskb_token_range, count, 4, 4) \
+	STRUCT(pmskb_send, 24) \
+		FIELD(pmskb_send, fd, 0, 4) \
+		FIELD(pmskb_send, reserved, 4, 4) \
+		FIELD(pmskb_send, offset, 8, 8) \
+		FIELD(pmskb_send, len, 16, 8) \
 	STRUCT(pmskb_ext, 16) \
 		FIELD(pmskb_ext, token, 0, 4) \
 		FIELD(pmskb_ext, offset, 4, 4) \

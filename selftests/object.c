@@ -119,27 +119,6 @@ static bool has(int fd, uint32_t seed, size_t len)
 	return !n && got == len && differs(back, len, seed, 0) < 0;
 }
 
-/* Others use every frame that is free, and write to it. Their number. */
-static int flood(const struct store *s)
-{
-	struct pmskb_alloc a = { .len = PMSKB_MAX_BUFFER };
-	int fds[64], nr = 0, frames = 0;
-
-	while (nr < (int)ARRAY_LEN(fds) && a.len >= PMSKB_FRAME_SIZE) {
-		if (ioctl(s->fd, PMSKB_IOC_ALLOC, &a)) {
-			if (errno != ENOSPC)
-				break;
-			a.len /= 2;
-			continue;
-		}
-		fds[nr++] = a.fd;
-		frames += a.len / PMSKB_FRAME_SIZE;
-	}
-	while (nr)
-		close(fds[--nr]);
-	return frames;
-}
-
 TEST_F(object, it_has_the_bytes_the_size_and_what_the_record_says)
 {
 	static const size_t sizes[] = { 0, 1, 2, 4095, 4096, 4097, 70001, 1 << 20 };
@@ -323,7 +302,7 @@ TEST_F(object, the_bytes_stay_when_the_record_is_replaced_or_deleted)
 	ASSERT_LE(0, now);
 
 	ASSERT_EQ(0, store_quiet(&self->s, 5000, &info));
-	EXPECT_LE(info.frames_free, info.frames_reserve + flood(&self->s));
+	EXPECT_LE(info.frames_free, info.frames_reserve + store_flood(&self->s));
 	EXPECT_TRUE(has(replaced, 1, LEN)) TH_LOG("frames of a replaced record were reused");
 	EXPECT_TRUE(has(deleted, 2, LEN)) TH_LOG("frames of a deleted record were reused");
 	EXPECT_TRUE(has(now, 3, LEN));
@@ -361,7 +340,7 @@ TEST_F(object, the_last_close_is_the_one_that_counts)
 	EXPECT_TRUE(has(copy, 7, 50000));
 	close(copy);
 	/* The child has the last one. */
-	EXPECT_LT(0, flood(&self->s));
+	EXPECT_LT(0, store_flood(&self->s));
 	ASSERT_EQ(1, write(go[1], "g", 1));
 	ASSERT_EQ(pid, waitpid(pid, &st, 0));
 	EXPECT_EQ(0, st);

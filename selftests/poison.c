@@ -367,7 +367,10 @@ TEST_F(media_error, a_frame_fails_only_its_records)
 	struct pmskb_scrub_bad bad[8];
 	struct pmskb_store_info info;
 	uint64_t seq[NR], records, at;
+	const struct net lo = { AF_INET, LINK_LO };
 	struct pmskb_open o, early;
+	struct pmskb_send range;
+	struct conn c;
 	struct hit h;
 	int n, page;
 
@@ -400,6 +403,17 @@ TEST_F(media_error, a_frame_fails_only_its_records)
 		EXPECT_EQ(EIO, errno);
 		EXPECT_EQ(FRAME, splice_all(fd, 0, 2 * FRAME));
 		EXPECT_EQ(-EIO, splice_all(fd, FRAME, FRAME));
+		ASSERT_EQ(0, conn_make(&c, &lo, self->s.fd, HOW_ACCEPTED_IOCTL));
+		range = (struct pmskb_send) { .fd = fd, .offset = 1, .len = 2 * FRAME - 1 };
+		EXPECT_EQ(FRAME - 1, send_ranges(c.s, NULL, 0, &range, 1, 0));
+		range.offset = FRAME;
+		range.len = 1;
+		EXPECT_EQ(-EIO, send_ranges(c.s, NULL, 0, &range, 1, 0));
+		EXPECT_EQ(3, send_ranges(c.s, "abc", 3, &range, 1, 0));
+		ASSERT_EQ(0, recv_all(c.c, bytes, FRAME + 2));
+		EXPECT_EQ(-1, differs(bytes, FRAME - 1, SEED + 17, 1));
+		EXPECT_EQ(0, memcmp(bytes + FRAME - 1, "abc", 3));
+		conn_close(&c);
 		close(fd);
 	}
 	/* The store's device. */

@@ -274,6 +274,76 @@ TEST_F(uring, an_array_fails_with_its_first_operation_if_that_is_wanted)
 	EXPECT_EQ(3, info.records);
 }
 
+TEST_F(uring, a_record_is_sent_after_a_header)
+{
+	static char buf[30000], head[] = "header", got[sizeof(buf) + 6];
+	static char control[CMSG_SPACE(sizeof(struct pmskb_send))];
+	struct iovec iov = { head, 6 };
+	struct msghdr msg = {
+		.msg_iov = &iov, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof(control),
+	};
+	struct pmskb_open o = { .key = PTR("key"), .key_len = 3 };
+	struct cmsghdr *c = CMSG_FIRSTHDR(&msg);
+	int n = receive(_metadata, &self->c, buf, sizeof(buf), 74), full, k;
+	struct pmskb_op op = op_put("key", 3, e, n);
+	static char junk[65536];
+	struct io_uring_sqe *sqe;
+	struct io_uring_cqe cqe;
+	size_t before = 0;
+
+	ASSERT_LT(0, persist_one(self->c.s, &op, NULL));
+	ASSERT_EQ(0, ioctl(self->s.fd, PMSKB_IOC_OPEN, &o));
+	*c = (struct cmsghdr) { CMSG_LEN(sizeof(struct pmskb_send)), SOL_PMSKB, PMSKB_CMSG_SEND };
+	memcpy(CMSG_DATA(c), &(struct pmskb_send) { .fd = o.fd, .len = sizeof(buf) }, sizeof(struct pmskb_send));
+	/* At once; and when there is no room, later. */
+	for (full = 0; full < 2; full++) {
+		ssize_t m;
+
+		while (full && (m = send(self->c.s, junk, sizeof(junk), MSG_DONTWAIT)) > 0)
+			before += m;
+		sqe = get_sqe(&self->ring, 0);
+		io_uring_prep_sendmsg(sqe, self->c.s, &msg, MSG_WAITALL);
+		sqe->flags = variant->sqe_flags;
+		ASSERT_LE(0, io_uring_submit(&self->ring));
+		for (; before; before -= m) {
+			m = recv(self->c.c, junk, before < sizeof(junk) ? before : sizeof(junk), 0);
+			ASSERT_LT(0, m);
+		}
+		n = answer(&self->ring, NULL);
+		ASSERT_LT(0, n);
+		ASSERT_GE(sizeof(got), n);
+		if (!full) {
+			EXPECT_EQ(sizeof(got), n);
+		}
+		ASSERT_EQ(0, recv_all(self->c.c, got, n));
+		k = n < 6 ? n : 6;
+		EXPECT_EQ(0, memcmp(got, head, k));
+		EXPECT_EQ(-1, differs(got + k, n - k, 74, 0));
+	}
+	/* The header from where it lies. */
+	sqe = get_sqe(&self->ring, 0);
+	io_uring_prep_sendmsg_zc(sqe, self->c.s, &msg, 0);
+	sqe->flags = variant->sqe_flags;
+	ASSERT_EQ(sizeof(got), answer(&self->ring, &cqe));
+	EXPECT_EQ(IORING_CQE_F_MORE, cqe.flags & IORING_CQE_F_MORE);
+	ASSERT_EQ(0, recv_all(self->c.c, got, sizeof(got)));
+	EXPECT_EQ(0, memcmp(got, head, 6));
+	EXPECT_EQ(-1, differs(got + 6, sizeof(buf), 74, 0));
+	EXPECT_EQ(0, answer(&self->ring, &cqe));
+	EXPECT_EQ(IORING_CQE_F_NOTIF, cqe.flags & IORING_CQE_F_NOTIF);
+	/* Its errors. */
+	memcpy(CMSG_DATA(c), &(struct pmskb_send) { .fd = o.fd, .len = sizeof(buf) + 1 }, sizeof(struct pmskb_send));
+	sqe = get_sqe(&self->ring, 0);
+	io_uring_prep_sendmsg(sqe, self->c.s, &msg, 0);
+	sqe->flags = variant->sqe_flags;
+	EXPECT_EQ(-EINVAL, answer(&self->ring, NULL));
+	/* Nothing else was sent. */
+	ASSERT_EQ(0, send_all(self->c.s, "end", 3));
+	ASSERT_EQ(0, recv_all(self->c.c, got, 3));
+	EXPECT_EQ(0, memcmp(got, "end", 3));
+	close(o.fd);
+}
+
 TEST_F(uring, a_reply_goes_out_when_its_put_is_durable_and_is_cancelled_when_that_failed)
 {
 	struct pmskb_result r[2];

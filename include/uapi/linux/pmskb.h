@@ -112,8 +112,13 @@ struct pmskb_quota {
 
 /* ---- control messages, level SOL_PMSKB ---- */
 
-/** PMSKB_CMSG_DESC - one &struct pmskb_desc. */
+/** PMSKB_CMSG_DESC - of recvmsg(): one &struct pmskb_desc. */
 #define PMSKB_CMSG_DESC		1
+/** PMSKB_CMSG_SEND - of sendmsg(), TCP: one &struct pmskb_send. */
+#define PMSKB_CMSG_SEND		2
+
+/** PMSKB_MAX_SENDS - most &struct pmskb_send in one sendmsg(). */
+#define PMSKB_MAX_SENDS		64
 
 /**
  * enum pmskb_csum_kind - where an Internet checksum comes from
@@ -191,6 +196,24 @@ struct pmskb_desc {
 struct pmskb_token_range {
 	__u32 first;
 	__u32 count;
+};
+
+/**
+ * struct pmskb_send - a range of a record, to be sent after the bytes of the iovec
+ * @fd: of the record, open as a file (PMSKB_IOC_OPEN)
+ * @reserved: 0
+ * @offset: of the first byte in the object
+ * @len: bytes; at least 1, and within the object (else EINVAL)
+ *
+ * Several go out in the order of their control messages, and none of their bytes is
+ * copied. sendmsg() returns how many bytes it has sent, those of the iovec and of the
+ * ranges together; they may be fewer than all, as of any stream.
+ */
+struct pmskb_send {
+	__s32 fd;
+	__u32 reserved;
+	__aligned_u64 offset;
+	__aligned_u64 len;
 };
 
 /* ---- operations ---- */
