@@ -3,8 +3,8 @@
 //! Attached sockets: what they have, what may be asked of them, how they let go.
 //!
 //! The two protocols have this in common. How a socket comes to us, and what its calls do, is in
-//! `ulp.rs` (TCP) and `udp.rs`: both replace `sk_prot`, by which a socket of ours is known, and
-//! keep the context in a place of their own.
+//! `ulp.rs` (TCP) and `udp.rs`: both replace `sk_prot`, and keep the context in a place of their
+//! own.
 //!
 //! # References
 //!

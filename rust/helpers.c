@@ -187,9 +187,23 @@ int pmskb_page_ref_count(const struct page *page)
 	return page_ref_count(page);
 }
 
-void pmskb_page_ref_set(struct page *page, int count)
+/*
+ * An idle page gets its base reference. Those of a device are reserved, and VFIO maps what is, for
+ * as long as it likes and without a reference: frames are not, as long as they are ours.
+ */
+void pmskb_page_take(struct page *page)
 {
-	set_page_count(page, count);
+	if (is_zone_device_page(page))
+		ClearPageReserved(page);
+	set_page_count(page, 1);
+}
+
+/* A page whose base reference is gone, or was never used, is its driver's again. */
+void pmskb_page_give_back(struct page *page)
+{
+	set_page_count(page, 0);
+	if (is_zone_device_page(page))
+		SetPageReserved(page);
 }
 
 bool pmskb_page_ref_freeze(struct page *page, int count)
@@ -1263,6 +1277,31 @@ static_assert(PMSKB_SOL_IPV6 == SOL_IPV6 && PMSKB_IPV6_ADDRFORM == IPV6_ADDRFORM
 /* What a socket does when something has come, if nobody has changed that. */
 static void (*pmskb_sock_ready)(struct sock *sk) __ro_after_init;
 
+/* How UDP's sockets end, of IPv4 and IPv6. */
+static void (*pmskb_udp_end[2])(struct sock *sk) __ro_after_init;
+
+/*
+ * The end of a socket that has not been closed by our operations: an IPV6_ADDRFORM that was under
+ * way when they were put in has replaced them, and so nobody has put their reference.
+ */
+static void pmskb_udp_destruct(struct sock *sk, bool v6)
+{
+	pmskb_udp_gone(rcu_replace_pointer(sk->sk_user_data, NULL, true));
+	pmskb_udp_end[v6](sk);
+	/* Its end waits for RCU's callbacks, of which this is one. */
+	module_put(THIS_MODULE);
+}
+
+static void pmskb_udp4_destruct(struct sock *sk)
+{
+	pmskb_udp_destruct(sk, false);
+}
+
+static void pmskb_udp6_destruct(struct sock *sk)
+{
+	pmskb_udp_destruct(sk, true);
+}
+
 /* Not all of it is exported, so a socket tells. At module init; may sleep. */
 int pmskb_udp_learn(bool v6, struct pmskb_udp_calls *calls)
 {
@@ -1275,6 +1314,7 @@ int pmskb_udp_learn(bool v6, struct pmskb_udp_calls *calls)
 	calls->prot = sock->sk->sk_prot;
 	calls->ops = sock->ops;
 	pmskb_sock_ready = sock->sk->sk_data_ready;
+	pmskb_udp_end[v6] = sock->sk->sk_destruct;
 	sock_release(sock);
 	return 0;
 }
@@ -1285,13 +1325,17 @@ int pmskb_udp_install(struct socket *sock, const struct pmskb_udp_calls *udp,
 {
 	struct sock *sk = sock->sk;
 	int err = -EBUSY;
+	bool v6 = sk->sk_destruct == pmskb_udp_end[1];
 
 	write_lock_bh(&sk->sk_callback_lock);
 	if (sk->sk_prot == udp->prot && READ_ONCE(sock->ops) == udp->ops &&
+	    (v6 || sk->sk_destruct == pmskb_udp_end[0]) &&
 	    !sk->sk_user_data && !READ_ONCE(udp_sk(sk)->encap_type)) {
 		/* Put by __sock_release(). */
 		__module_get(ours->ops->owner);
 		rcu_assign_sk_user_data(sk, data);
+		/* Pairs with pmskb_udp_data(). */
+		smp_store_release(&sk->sk_destruct, v6 ? pmskb_udp6_destruct : pmskb_udp4_destruct);
 		/* Pairs with pmskb_sk_prot(). */
 		smp_store_release(&sk->sk_prot, ours->prot);
 		WRITE_ONCE(sock->ops, ours->ops);
@@ -1328,16 +1372,22 @@ void pmskb_udp_restore(struct sock *sk, struct proto *udp)
 	write_lock_bh(&sk->sk_callback_lock);
 	if (sk->sk_data_ready == pmskb_udp_ready)
 		WRITE_ONCE(sk->sk_data_ready, pmskb_sock_ready);
+	WRITE_ONCE(sk->sk_destruct, pmskb_udp_end[sk->sk_destruct == pmskb_udp6_destruct]);
 	WRITE_ONCE(sk->sk_prot, udp);
 	rcu_assign_sk_user_data(sk, NULL);
 	write_unlock_bh(&sk->sk_callback_lock);
 }
 
-/* Of a socket with our operations. */
-void *pmskb_udp_data(const struct sock *sk)
+/* Whether it is a socket of ours, and then its data: a context, or NULL if it is being closed. */
+bool pmskb_udp_data(const struct sock *sk, void **data)
 {
-	/* Pairs with pmskb_udp_install(), after the read of sk_prot. */
-	return READ_ONCE(sk->sk_user_data);
+	/* Pairs with pmskb_udp_install(). */
+	void (*destruct)(struct sock *sk) = smp_load_acquire(&sk->sk_destruct);
+
+	if (destruct != pmskb_udp4_destruct && destruct != pmskb_udp6_destruct)
+		return false;
+	*data = READ_ONCE(sk->sk_user_data);
+	return true;
 }
 
 /* As UDP looks it up. What goes to several sockets goes to none. */

@@ -39,7 +39,8 @@ void *pmskb_page_address(const struct page *page);
 bool pmskb_page_is_idle_dax(struct page *page);
 bool pmskb_page_is_poisoned(struct page *page);
 int pmskb_page_ref_count(const struct page *page);
-void pmskb_page_ref_set(struct page *page, int count);
+void pmskb_page_take(struct page *page);
+void pmskb_page_give_back(struct page *page);
 bool pmskb_page_ref_freeze(struct page *page, int count);
 void pmskb_page_ref_unfreeze(struct page *page, int count);
 void pmskb_page_get(struct page *page);
@@ -302,7 +303,8 @@ int pmskb_udp_install(struct socket *sock, const struct pmskb_udp_calls *udp,
 		      const struct pmskb_udp_calls *ours, void *data);
 int pmskb_udp_listen(struct sock *sk);
 void pmskb_udp_restore(struct sock *sk, struct proto *udp);
-void *pmskb_udp_data(const struct sock *sk);
+bool pmskb_udp_data(const struct sock *sk, void **data);
+void pmskb_udp_gone(void *data);
 struct sock *pmskb_udp4_lookup(struct net *net, struct sk_buff *skb, __be32 saddr, __be16 sport,
 			       __be32 daddr, __be16 dport, int dif, int sdif);
 struct sock *pmskb_udp6_lookup(struct net *net, struct sk_buff *skb,

@@ -66,13 +66,13 @@ impl Pages {
             // The region is claimed and its driver bound, so it has struct pages.
             if !idle(page) {
                 for done in 0..at {
-                    // SAFETY: There are struct pages; it was set to 1 by us just now.
-                    unsafe { ext::pmskb_page_ref_set(pages.raw(done), 0) };
+                    // SAFETY: There are struct pages; we took it just now.
+                    unsafe { ext::pmskb_page_give_back(pages.raw(done)) };
                 }
                 return Err(Error::from_errno(-(bindings::EADDRINUSE as i32)));
             }
             // SAFETY: There are struct pages; with a count of 0 it is nobody's, and the region is ours.
-            unsafe { ext::pmskb_page_ref_set(page, 1) };
+            unsafe { ext::pmskb_page_take(page) };
         }
         // INVARIANT: All pages have their base reference.
         pages.based.store(true, Relaxed);
@@ -176,7 +176,10 @@ impl Pages {
                 return Err(self.busy().max(1));
             }
         }
-        // Frozen is what an unused DAX page is: its count is 0.
+        for at in 0..self.count {
+            // SAFETY: As above; frozen is what an unused DAX page is, its count is 0.
+            unsafe { ext::pmskb_page_give_back(self.raw(at)) };
+        }
         self.based.store(false, Relaxed);
         Ok(())
     }

@@ -19,7 +19,9 @@
 //!   reference is taken then; the kernel puts it when `close()` is through, from its own code.
 //! - Context: in `sk_user_data`, without flags, so that who asks for a psock or a reuseport array
 //!   there sees that it is somebody else's. It goes at `close()`, under the socket's lock and
-//!   before UDP closes it.
+//!   before UDP closes it. If our operations have been replaced by then (an `IPV6_ADDRFORM` that was
+//!   under way when they came), it goes with the socket: by `sk_destruct`, which is ours as well,
+//!   and by which a socket of ours is known.
 //!
 //! # Others who want the socket
 //!
@@ -78,27 +80,27 @@ fn base(family: usize) -> *mut ext::proto {
     })
 }
 
-/// Which of our operations a socket has.
-///
-/// # Safety
-///
-/// `sk` is a full socket.
-unsafe fn family_of(sk: *mut ext::sock) -> Option<usize> {
-    // SAFETY: As the caller says.
-    let prot = unsafe { ext::pmskb_sk_prot(sk) };
-    PROTOS.iter().position(|ours| ptr::eq(ours.get(), prot))
-}
-
-/// The data of a socket that has our operations: a context, or null if it is being closed.
+/// The data of a socket that is one of ours: a context, or null if it is being closed.
 ///
 /// # Safety
 ///
 /// `sk` is a full socket.
 pub(crate) unsafe fn data(sk: *mut ext::sock) -> Option<*mut c_void> {
+    let mut data = ptr::null_mut();
     // SAFETY: As the caller says.
-    unsafe {
-        family_of(sk)?;
-        Some(ext::pmskb_udp_data(sk))
+    unsafe { ext::pmskb_udp_data(sk, &mut data) }.then_some(data)
+}
+
+/// A socket ends that had a context, and other operations than ours since: nobody has closed it.
+///
+/// # Safety
+///
+/// For `sk_destruct`, with what the socket's data was; the socket is dead.
+#[no_mangle]
+unsafe extern "C" fn pmskb_udp_gone(data: *mut c_void) {
+    if !data.is_null() {
+        // SAFETY: As the caller says; who finds it by the list does not get the socket any more.
+        unsafe { Ctx::dispose(data.cast()) };
     }
 }
 
@@ -182,7 +184,7 @@ unsafe extern "C" fn proto_close<const FAMILY: usize>(sk: *mut ext::sock, timeou
         // SAFETY: It is locked, and has our operations, or this would not be called. Whoever found
         // the context before is under RCU, or waits for the lock and will not find it any more.
         unsafe {
-            let ctx = ext::pmskb_udp_data(sk.as_ptr()).cast::<Ctx>();
+            let ctx = data(sk.as_ptr()).unwrap_or(ptr::null_mut()).cast::<Ctx>();
             ext::pmskb_udp_restore(sk.as_ptr(), base(FAMILY));
             if !ctx.is_null() {
                 Ctx::dispose(ctx);

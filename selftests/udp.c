@@ -8,15 +8,18 @@
 
 #include <arpa/inet.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <limits.h>
 #include <linux/bpf.h>
 #include <linux/errqueue.h>
 #include <linux/filter.h>
 #include <linux/udp.h>
+#include <linux/userfaultfd.h>
 #include <netinet/ip.h>
 #include <poll.h>
 #include <pthread.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -1594,6 +1597,85 @@ TEST_F(dgram, what_belongs_to_something_else_is_ebusy_and_the_other_way_round)
 	}
 	close(map);
 	close(array);
+}
+
+struct form {
+	int fd, err;
+	void *value;
+};
+
+static void *change_form(void *arg)
+{
+	struct form *f = arg;
+
+	f->err = ERRNO(setsockopt(f->fd, IPPROTO_IPV6, IPV6_ADDRFORM, f->value, sizeof(int)));
+	return NULL;
+}
+
+/* The kernel has looked at the socket's operations, and waits for the option's value. */
+TEST_F(dgram, an_addrform_that_is_under_way_when_it_is_attached_leaves_nothing_behind)
+{
+	struct uffdio_api api = { .api = UFFD_API };
+	struct uffdio_register range = { .mode = UFFDIO_REGISTER_MODE_MISSING };
+	int page = sysconf(_SC_PAGESIZE), uffd, value = AF_INET;
+	struct sockaddr_in6 addr = { .sin6_family = AF_INET6 };
+	struct uffd_msg msg;
+	struct form f = {};
+	pthread_t thread;
+	socklen_t len = sizeof(addr);
+	struct pmskb_store_info info;
+	long references;
+	void *from;
+	int c, k;
+
+	uffd = syscall(SYS_userfaultfd, O_CLOEXEC);
+	if (uffd < 0)
+		SKIP(return, "no userfaultfd");
+	ASSERT_EQ(0, ioctl(uffd, UFFDIO_API, &api));
+	f.value = mmap(NULL, page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	from = aligned_alloc(page, page);
+	memcpy(from, &value, sizeof(value));
+	range.range = (struct uffdio_range) { PTR(f.value), page };
+	ASSERT_EQ(0, ioctl(uffd, UFFDIO_REGISTER, &range));
+
+	/* Two ends in IPv6 sockets, over IPv4. */
+	inet_pton(AF_INET6, "::ffff:127.0.0.1", &addr.sin6_addr);
+	f.fd = socket(AF_INET6, SOCK_DGRAM, 0);
+	c = socket(AF_INET6, SOCK_DGRAM, 0);
+	ASSERT_EQ(0, bind(f.fd, (void *)&addr, sizeof(addr)));
+	ASSERT_EQ(0, getsockname(f.fd, (void *)&addr, &len));
+	ASSERT_EQ(0, connect(c, (void *)&addr, sizeof(addr)));
+	ASSERT_EQ(0, getsockname(c, (void *)&addr, &len));
+	ASSERT_EQ(0, connect(f.fd, (void *)&addr, sizeof(addr)));
+	timeout_set(f.fd, 20000 * slowness());
+	ASSERT_EQ(0, pthread_create(&thread, NULL, change_form, &f));
+	ASSERT_EQ(sizeof(msg), read(uffd, &msg, sizeof(msg)));
+	ASSERT_EQ(0, sock_attach_ioctl(f.fd, self->s.fd));
+	references = module_references();
+	ASSERT_EQ(0, set_auto(f.fd, 1));
+	ASSERT_EQ(5, send(c, "first", 5, 0));
+	EXPECT_TRUE(comes_to(f.fd, 5));
+	ASSERT_EQ(0, ioctl(uffd, UFFDIO_COPY, &(struct uffdio_copy) {
+		.dst = PTR(f.value), .src = PTR(from), .len = page }));
+	pthread_join(thread, NULL);
+	EXPECT_EQ(0, f.err) TH_LOG("%s", strerror(f.err));
+	/* It is a plain one of IPv4 now, but for what comes to it. */
+	ASSERT_EQ(6, send(c, "second", 6, 0));
+	EXPECT_EQ(ENOPROTOOPT, set_auto(f.fd, 1));
+	close(f.fd);
+	close(c);
+	close(uffd);
+	/* It ends when RCU lets it. */
+	for (k = 0; k < 500 * slowness(); k++) {
+		ASSERT_EQ(0, store_info(&self->s, &info));
+		if (!info.sockets && module_references() < references)
+			break;
+		usleep(10000);
+	}
+	EXPECT_EQ(0, info.sockets);
+	EXPECT_EQ(references - 1, module_references());
+	free(from);
+	munmap(f.value, page);
 }
 
 TEST_F(dgram, an_attached_socket_stays_one_of_ipv6_and_receives_ipv4)

@@ -16,7 +16,7 @@
 //! that are more, until it ends.
 
 use super::frame::{hold_all, Need};
-use super::record::{key_of, parse, FrameHeader, Line, Locator, Record, LINES};
+use super::record::{key_of, kill_word, parse, FrameHeader, Line, Locator, Record, LINES};
 use super::superblock::probe;
 use super::{batch, live, Buf, Error, Frame, Frames, Pmem, Result, Store, MAX_OBJECT};
 use core::cmp::Ordering;
@@ -238,7 +238,7 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
                 match store.claim_record(&record) {
                     Err(Error::Damaged | Error::Invalid | Error::Io) => {
                         report.bad_extents += 1;
-                        Ok(())
+                        store.give_up(&record)
                     }
                     other => {
                         *keyed += usize::from(record.keyed());
@@ -273,6 +273,20 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         } else {
             Err(Error::Damaged)
         }
+    }
+
+    /// A record that has not what it claims must not be taken for one that has: it is killed, if
+    /// others would. One that is damaged for everybody stays, so that it can be told of.
+    fn give_up(&mut self, record: &Record) -> Result<()> {
+        if self.read_only || self.check_record(record).is_err() {
+            return Ok(());
+        }
+        let word = kill_word(&self.pm, record.loc)?;
+        if broken!("unclaimed_records") {
+            return Ok(());
+        }
+        self.pm.store(record.loc.0, word)?;
+        self.flush(record.loc.0, 8)
     }
 
     /// Claims what one record uses; nothing if it cannot be right.

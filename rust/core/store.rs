@@ -807,6 +807,7 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
 
     fn init_frame(&mut self, frame: Frame) -> Result<Open> {
         let (header, _) = self.write_header(frame, self.next_seq, true)?;
+        self.clear_forged(&header)?;
         let key = header.base_seq.to_be_bytes();
         let key = KeySrc::Bytes(&key);
         let old = self.log.insert(&self.pm, &mut self.pool, &key, header.off);
@@ -817,6 +818,22 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         }
         self.stats.record_frames += 1;
         Ok(Open { header, line: 1 })
+    }
+
+    /// Whoever had the frame before may have known the salt, and guessed the rest of the nonce: what
+    /// looks like a record in a frame that has none yet has no holds to give back. After a crash it
+    /// may be there, and recovery takes holds for it, as for any other.
+    fn clear_forged(&mut self, header: &FrameHeader) -> Result<()> {
+        for line in 1..LINES {
+            let blank = matches!(
+                parse(&self.pm, &self.geo, header, line),
+                Ok(Line::Blank) | Err(Error::Io)
+            );
+            if !blank && !broken!("forged_records") {
+                self.pm.store(header.off + line * LINE_SIZE, 0)?;
+            }
+        }
+        Ok(())
     }
 
     /// Makes a record frame of a frame: valid `now`, or when the word that is

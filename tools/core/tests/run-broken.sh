@@ -3,7 +3,7 @@
 #
 # Takes one flush, fence or check at a time out of the core, and sees to it that a test
 # fails without it: the crash tests, or for a check that readers make, the model of
-# their protocol, or for one against media errors, their tests. Prints TAP.
+# their protocol, or for one against media errors or forged records, their tests. Prints TAP.
 #
 #     run-broken.sh [NAME]...
 cd "$(dirname "$0")/.." || exit 1
@@ -23,8 +23,9 @@ build() {
 crash=$(build crash)
 model=$(build model)
 media=$(build media)
-if [ ! -x "$crash" ] || [ ! -x "$model" ] || [ ! -x "$media" ]; then
-	sed 's/^/# /' "$log/build-crash.log" "$log/build-model.log" "$log/build-media.log"
+store=$(build store)
+if [ ! -x "$crash" ] || [ ! -x "$model" ] || [ ! -x "$media" ] || [ ! -x "$store" ]; then
+	sed 's/^/# /' "$log"/build-*.log
 	echo "Bail out! the tests do not build"
 	exit 1
 fi
@@ -44,6 +45,7 @@ for what; do
 	# It stops at the first schedule that shows it.
 	reader_*) set -- env PMSKB_SCHEDULES=500 "$model" readers_are ;;
 	compact_unread) set -- "$media" ;;
+	forged_records | unclaimed_records) set -- "$store" ;;
 	*) set -- "$crash" ;;
 	esac
 	if PMSKB_BREAK=$what "$@" >"$log/$what.log" 2>&1; then

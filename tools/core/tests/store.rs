@@ -491,6 +491,129 @@ fn hostile_images_never_panic_or_loop() {
     println!("{attached} attached, {refused} refused");
 }
 
+/// A line that looks like a record of `seq` in a frame with that nonce: `like` with another extent.
+fn forged(like: &[u8; 64], nonce: u32, seq: u64, old: Extent, extent: Extent) -> [u8; 64] {
+    let mut raw = *like;
+    let (old, new) = (old.pack().unwrap(), extent.pack().unwrap());
+    let at = (0..64)
+        .step_by(8)
+        .find(|at| raw[*at..at + 8] == old.to_le_bytes())
+        .unwrap();
+    raw[at..at + 8].copy_from_slice(&new.to_le_bytes());
+    raw[8..16].copy_from_slice(&seq.to_le_bytes());
+    let crc = crc32c_software(nonce, &raw[4..]);
+    raw[..4].copy_from_slice(&crc.to_le_bytes());
+    raw
+}
+
+/// The only extent of a record.
+fn extent_of(store: &SimStore, record: &Record) -> Extent {
+    let mut extents = record.extents(store.pm(), store.geometry());
+    extents.next().unwrap().unwrap()
+}
+
+#[test]
+fn what_was_in_a_frame_before_is_no_record_of_it() {
+    let mut driver = Driver::new(recover(formatted()).unwrap().0);
+    // Up to the frame's last line, so that the next one opens another frame.
+    for tag in 1..=63 {
+        driver.run(&Op::Append { tag, len: 64 }).unwrap();
+        driver.run(&Op::Commit).unwrap();
+    }
+    let log = log_of(&driver.store);
+    let last = log.last().unwrap();
+    let (mut raw, mut header, mut salt) = ([0; 64], [0; 64], [0; 8]);
+    let pm = driver.store.pm();
+    pm.read(last.loc.0, &mut raw).unwrap();
+    pm.read(last.loc.0 / 4096 * 4096, &mut header).unwrap();
+    // As somebody would who can read the mapping: superblock, and the last frame's header.
+    pm.read(168, &mut salt).unwrap();
+    let epoch = u64::from_le_bytes(header[40..48].try_into().unwrap()) + (1 << 32);
+    let mine = extent_of(&driver.store, last);
+    // The record frame itself has a hold of each of its records, as an index frame has one.
+    let target = Extent::new(last.loc.0 / 4096 * 4096, 64);
+    let victim = target.frames().next().unwrap();
+    let holds = driver.store.frames().holds(victim);
+    let seq = last.seq + 1;
+    let mut free = Vec::new();
+    while let Some(frame) = driver.store.frames().alloc(None, Need::Reserve) {
+        let mut nonce = crc32c_software(0, &salt);
+        for word in [frame.off(), seq, epoch] {
+            nonce = crc32c_software(nonce, &word.to_le_bytes());
+        }
+        let line = forged(&raw, nonce.max(1), seq, mine, target);
+        let pm = driver.store.pm();
+        for at in [5, 62, 63] {
+            pm.write(frame.off() + at * 64, &line).unwrap();
+        }
+        free.push(frame);
+    }
+    for frame in free {
+        driver.store.frames().unhold(frame, 0).unwrap();
+    }
+    driver.run(&Op::Append { tag: 64, len: 64 }).unwrap();
+    driver.run(&Op::Commit).unwrap();
+    let log = log_of(&driver.store);
+    assert_eq!(log.len(), 64, "{:?}", log.last());
+    driver.store.truncate(seq).unwrap();
+    while driver.store.drain(1000).unwrap() {}
+    driver.store.commit().unwrap();
+    assert!(log_of(&driver.store).is_empty());
+    assert!(driver.store.frames().holds(victim) <= holds);
+    check_space(&driver.store).unwrap();
+}
+
+#[test]
+fn a_record_whose_list_is_not_its_own_gives_nothing_back() {
+    let mut driver = Driver::new(recover(formatted()).unwrap().0);
+    driver.run(&Op::Append { tag: 1, len: 64 }).unwrap();
+    // So many pieces that they are in a list.
+    let mut extents = Vec::new();
+    for tag in 0..300 {
+        extents.extend(driver.fill(&bytes_of(tag, 64)).unwrap());
+        driver.fill(&[]).unwrap();
+    }
+    let args = PutArgs {
+        key: Key::None,
+        extents: &extents,
+        meta: Meta::default(),
+        mode: PutMode::Upsert,
+        if_seq: None,
+    };
+    driver.store.put(&args).unwrap();
+    driver.store.commit().unwrap();
+    assert_eq!(driver.store.stats().list_frames, 1);
+    let log = log_of(&driver.store);
+    let first = extent_of(&driver.store, &log[0]);
+    let image = driver.store.pm().crash_subset(0, &mut Rng(1));
+    // Somebody writes to the image: what comes first in the log has the other one's list as payload.
+    let listed = extents[200].pack().unwrap().to_le_bytes();
+    let mut frame = [0; 4096];
+    let mut frames = image.used_frames().into_iter().filter(|at| {
+        image.read(at * 4096, &mut frame).unwrap();
+        *at != log[0].loc.0 / 4096 && frame.chunks(8).any(|word| word == listed)
+    });
+    let list = Extent::new(frames.next().unwrap() * 4096, 64);
+    let (mut raw, mut header) = ([0; 64], [0; 64]);
+    image.read(log[0].loc.0, &mut raw).unwrap();
+    image.read(log[0].loc.0 / 4096 * 4096, &mut header).unwrap();
+    let nonce = u32::from_le_bytes(header[48..52].try_into().unwrap());
+    image.damage(log[0].loc.0, &forged(&raw, nonce, log[0].seq, first, list));
+
+    let (mut store, report) = recover(image).unwrap();
+    assert_eq!(report.bad_extents, 1);
+    let log = log_of(&store);
+    assert_eq!(log.len(), 1);
+    assert_eq!(extent_of(&store, &log[0]), list);
+    check_space(&store).unwrap();
+    store.truncate(u64::MAX >> 1).unwrap();
+    while store.drain(1000).unwrap() {}
+    store.commit().unwrap();
+    check_space(&store).unwrap();
+    let counts = store.frames().0.borrow().counts();
+    assert_eq!(counts.payload, 0);
+}
+
 #[test]
 fn a_read_only_attach_changes_nothing_durable() {
     let mut driver = driver();
