@@ -46,7 +46,6 @@ use kernel::{
     static_lock_class,
     sync::{
         atomic::{Atomic, Relaxed},
-        barrier::smp_mb,
         rcu, Arc, Mutex,
     },
     transmute::{AsBytes, FromBytes},
@@ -605,7 +604,8 @@ impl Sockets {
 /// context but hard interrupts.
 pub(crate) fn wait(ctx: &Ctx) -> bool {
     // What came before this is seen by whoever takes it off the list, or this sees that it is off.
-    smp_mb();
+    // SAFETY: No requirements.
+    unsafe { ext::pmskb_mb() };
     if ctx.listed.load(Relaxed) != 0 {
         return false;
     }
@@ -643,7 +643,7 @@ pub(crate) fn next_waiting() -> Option<NonNull<ext::sock>> {
                     .byte_sub(core::mem::offset_of!(Ctx, waiting))
                     .cast::<Ctx>();
                 (*ctx).listed.store(0, Relaxed);
-                smp_mb();
+                ext::pmskb_mb();
                 let sk = (*ctx).sk;
                 if ext::pmskb_sock_tryget(sk.as_ptr()) {
                     return Some(sk);

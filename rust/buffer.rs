@@ -170,13 +170,13 @@ impl Buffer {
     /// Seals the pages of some ranges, byte offset and length, for a put that keeps them or not,
     /// and removes them from all mappings. `file` is the buffer's. Process context, sleeps.
     ///
-    /// `EINVAL` for a range that is not within the buffer, `E2BIG` for more pages than an array may
-    /// name, `ESTALE` if a page of it is gone, `EAGAIN` if too many puts of a page are in flight, `ENOMEM`.
+    /// `EINVAL` for a range that is not within the buffer, `E2BIG` for more than `most` pages, `ESTALE` if a page of it is gone, `EAGAIN` if too many puts of a page are in flight, `ENOMEM`.
     pub(crate) fn seal(
         self: &Arc<Self>,
         file: &LocalFile,
         ranges: impl ExactSizeIterator<Item = (u32, u32)>,
         keep: bool,
+        most: usize,
     ) -> Result<Sealed> {
         let mut sealed = Sealed {
             ranges: KVVec::with_capacity(ranges.len(), GFP_KERNEL)?,
@@ -185,7 +185,7 @@ impl Buffer {
         };
         // On an error this is dropped before `sealed`, which needs it.
         let mut pages = self.pages.lock();
-        let mut left = ext::PMSKB_MAX_EXTENTS;
+        let mut left = u32::try_from(most).unwrap_or(u32::MAX);
         for (offset, len) in ranges {
             let range = Range::of(offset, len).ok_or(EINVAL)?;
             let count = range.last - range.first + 1;

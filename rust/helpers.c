@@ -701,6 +701,11 @@ bool pmskb_tcp_urg_beyond(const struct sock *sk, u32 end)
 	       !before(tp->urg_seq, end);
 }
 
+void pmskb_mb(void)
+{
+	smp_mb();
+}
+
 unsigned long pmskb_jiffies(void)
 {
 	return jiffies;
@@ -1378,7 +1383,7 @@ void pmskb_udp_restore(struct sock *sk, struct proto *udp)
 	write_unlock_bh(&sk->sk_callback_lock);
 }
 
-/* Whether it is a socket of ours, and then its data: a context, or NULL if it is being closed. */
+/* Whether it is one of ours, and then its data: a context, or NULL if it is being closed. */
 bool pmskb_udp_data(const struct sock *sk, void **data)
 {
 	/* Pairs with pmskb_udp_install(). */
@@ -1487,7 +1492,7 @@ unsigned int pmskb_udp_after(struct sock *sk, const struct sk_buff *last, struct
 	return nr;
 }
 
-/* Whether a datagram comes before that one, or is it. Not if one of them is in no queue any more. */
+/* Whether a datagram comes before that one, or is it. Not if one of them is in no queue now. */
 bool pmskb_udp_is_upto(struct sock *sk, const struct sk_buff *skb, const struct sk_buff *last)
 {
 	struct sk_buff_head *reader = &udp_sk(sk)->reader_queue;
@@ -1682,7 +1687,9 @@ unsigned int pmskb_skb_segment(const struct sk_buff *skb)
 /* There is something that can be received, though nothing has come. */
 void pmskb_sk_tell_ready(struct sock *sk)
 {
-	READ_ONCE(sk->sk_data_ready)(sk);
+	void (*ready)(struct sock *sk) = READ_ONCE(sk->sk_data_ready);
+
+	ready(sk);
 }
 
 /*

@@ -259,6 +259,7 @@ bool pmskb_trylock_sock(struct sock *sk);
 int pmskb_sk_peek_off(const struct sock *sk);
 void pmskb_sk_peek_moved(struct sock *sk, int n);
 bool pmskb_tcp_urg_beyond(const struct sock *sk, u32 end);
+void pmskb_mb(void);
 unsigned long pmskb_jiffies(void);
 unsigned long pmskb_ms(unsigned int ms);
 bool pmskb_socket_nonblock(const struct socket *sock);

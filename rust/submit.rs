@@ -214,7 +214,7 @@ fn write_results(ptr: u64, ops: &[Op]) -> Result {
 fn read_ops(caller: &Caller<'_, '_>, header: &ext::pmskb_submit, nr: usize) -> Result<KVVec<Op>> {
     let size = nr * size_of::<ext::pmskb_op>();
     let mut reader = UserSlice::new(UserPtr::from_addr(header.ops as usize), size).reader();
-    let mut ops = KVVec::with_capacity(nr, GFP_KERNEL)?;
+    let mut ops = KVVec::with_capacity(nr, GFP_KERNEL_ACCOUNT)?;
     let mut left = MAX_EXTENTS;
     for _ in 0..nr {
         let raw = reader.read::<Plain<ext::pmskb_op>>()?.0;
@@ -229,7 +229,7 @@ fn read_ops(caller: &Caller<'_, '_>, header: &ext::pmskb_submit, nr: usize) -> R
             Err(error) if error == ENOMEM => return Err(error),
             read => op.fail_if(read),
         }
-        ops.push(op, GFP_KERNEL)?;
+        ops.push(op, GFP_KERNEL_ACCOUNT)?;
     }
     Ok(ops)
 }
@@ -360,9 +360,9 @@ impl Op {
         *left = left.checked_sub(nr).ok_or(E2BIG)?;
         let size = nr * size_of::<ext::pmskb_ext>();
         let mut reader = UserSlice::new(UserPtr::from_addr(ptr as usize), size).reader();
-        self.exts.reserve(nr, GFP_KERNEL)?;
+        self.exts.reserve(nr, GFP_KERNEL_ACCOUNT)?;
         for _ in 0..nr {
-            self.exts.push(reader.read()?, GFP_KERNEL)?;
+            self.exts.push(reader.read()?, GFP_KERNEL_ACCOUNT)?;
         }
         Ok(())
     }
@@ -380,7 +380,7 @@ impl Op {
             if len > ext::PMSKB_MAX_KEY {
                 return Err(errno(bindings::ENAMETOOLONG));
             }
-            let mut key = KVec::from_elem(0u8, len as usize, GFP_KERNEL)?;
+            let mut key = KVec::from_elem(0u8, len as usize, GFP_KERNEL_ACCOUNT)?;
             let slice = UserSlice::new(UserPtr::from_addr(raw.key as usize), len as usize);
             slice.reader().read_slice(&mut key)?;
             return Ok(Key::Bytes(key));
@@ -422,7 +422,7 @@ fn resolve(
     if matches!(op.action, Action::Release) {
         return Ok(());
     }
-    op.pieces.reserve(op.exts.len(), GFP_KERNEL)?;
+    op.pieces.reserve(op.exts.len(), GFP_KERNEL_ACCOUNT)?;
     let Op {
         fd,
         object,
@@ -449,7 +449,7 @@ fn resolve(
             }
             socket.store().frames().hold(held.frame)?;
             // Room was reserved above.
-            pieces.push(piece, GFP_KERNEL)?;
+            pieces.push(piece, GFP_KERNEL_ACCOUNT)?;
         }
         Ok(())
     })?;
@@ -508,7 +508,7 @@ fn resolve_buffer(
         return Err(errno(bindings::EXDEV));
     }
     let ranges = op.exts.iter().map(|ext| (ext.0.offset, ext.0.len));
-    let sealed = &*op.sealed.insert(buffer.seal(file, ranges, op.keep)?);
+    let sealed = &*op.sealed.insert(buffer.seal(file, ranges, op.keep, *left)?);
     let mut object = 0;
     for (nr, ext) in op.exts.iter().map(|ext| &ext.0).enumerate() {
         let pieces = &mut op.pieces;
@@ -530,10 +530,10 @@ fn resolve_buffer(
                 after: 0,
                 crc: None,
             };
-            pieces.reserve(1, GFP_KERNEL)?;
+            pieces.reserve(1, GFP_KERNEL_ACCOUNT)?;
             store.frames().hold(frame)?;
             // Room was reserved above.
-            pieces.push(piece, GFP_KERNEL)?;
+            pieces.push(piece, GFP_KERNEL_ACCOUNT)?;
             Ok(())
         })?;
         if nr + 1 == op.object {
@@ -605,8 +605,8 @@ fn overlap(pieces: &[pm::Piece]) -> Result<bool> {
     if pieces.windows(2).all(in_order) {
         return Ok(false);
     }
-    let mut sorted = KVVec::with_capacity(pieces.len(), GFP_KERNEL)?;
-    sorted.extend_from_slice(pieces, GFP_KERNEL)?;
+    let mut sorted = KVVec::with_capacity(pieces.len(), GFP_KERNEL_ACCOUNT)?;
+    sorted.extend_from_slice(pieces, GFP_KERNEL_ACCOUNT)?;
     sorted.sort_unstable_by_key(|piece| piece.off);
     Ok(!sorted.windows(2).all(in_order))
 }
@@ -715,7 +715,7 @@ fn gather(region: &impl Pmem, pieces: &[pm::Piece]) -> Result<Option<KVec<u8>>> 
     let mut key = KVec::new();
     for piece in pieces {
         let at = key.len();
-        key.resize(at + piece.len as usize, 0, GFP_KERNEL)?;
+        key.resize(at + piece.len as usize, 0, GFP_KERNEL_ACCOUNT)?;
         let to = key.get_mut(at..).ok_or(EINVAL)?;
         region.read(piece.off, to).map_err(crate::errno)?;
     }
@@ -728,9 +728,9 @@ fn stage(core: &mut Core, op: &mut Op) -> Result {
     let in_packet = key_piece.map(|piece| pm::Extent::new(piece.off, piece.len));
     match &op.action {
         Action::Put { mode, key } => {
-            let mut extents = KVVec::with_capacity(op.object, GFP_KERNEL)?;
+            let mut extents = KVVec::with_capacity(op.object, GFP_KERNEL_ACCOUNT)?;
             for piece in op.pieces.iter().take(op.object) {
-                extents.push(pm::Extent::new(piece.off, piece.len), GFP_KERNEL)?;
+                extents.push(pm::Extent::new(piece.off, piece.len), GFP_KERNEL_ACCOUNT)?;
             }
             let key = match (key, in_packet) {
                 (Key::None, _) => pm::Key::None,
@@ -767,7 +767,7 @@ fn stage(core: &mut Core, op: &mut Op) -> Result {
             let bytes: &[u8] = match (key, in_packet) {
                 (Key::Bytes(bytes), _) => bytes,
                 (Key::Pieces, Some(extent)) => {
-                    buf = KVec::from_elem(0u8, extent.len as usize, GFP_KERNEL)?;
+                    buf = KVec::from_elem(0u8, extent.len as usize, GFP_KERNEL_ACCOUNT)?;
                     core.pm().read(extent.off, &mut buf).map_err(crate::errno)?;
                     &buf
                 }
@@ -906,7 +906,7 @@ impl<'a> Log<'a> {
             op.meta.time = time;
             op.meta.time_source = time_source(source);
         }
-        Ok(self.ops.push(op, GFP_KERNEL)?)
+        Ok(self.ops.push(op, GFP_KERNEL_ACCOUNT)?)
     }
 
     /// Adds the bytes that come next, and takes over their hold. `ENOMEM`.
@@ -945,7 +945,7 @@ impl<'a> Log<'a> {
         };
         let same = |op: &&mut Op| self.datagrams || op.pieces.last().is_some_and(goes_on);
         if let Some(op) = self.ops.last_mut().filter(same) {
-            op.pieces.push(piece, GFP_KERNEL)?;
+            op.pieces.push(piece, GFP_KERNEL_ACCOUNT)?;
             op.object = op.pieces.len();
             came_with(&mut op.meta, held);
             return Ok(());
@@ -953,10 +953,10 @@ impl<'a> Log<'a> {
         let mut op = self.op();
         op.meta.tcp_seq = held.note.seq;
         came_with(&mut op.meta, held);
-        self.ops.reserve(1, GFP_KERNEL)?;
-        op.pieces.push(piece, GFP_KERNEL)?;
+        self.ops.reserve(1, GFP_KERNEL_ACCOUNT)?;
+        op.pieces.push(piece, GFP_KERNEL_ACCOUNT)?;
         op.object = 1;
-        Ok(self.ops.push(op, GFP_KERNEL)?)
+        Ok(self.ops.push(op, GFP_KERNEL_ACCOUNT)?)
     }
 
     /// Makes the records: how many of them are durable now; the error, if not all.

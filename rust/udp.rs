@@ -136,7 +136,7 @@ pub(crate) fn adopt(file: &SocketFile, store: &Arc<Store>) -> Result<bool> {
         prot: our_prot.get(),
         ops: our_ops.get(),
     };
-    let ctx = Ctx::new(sk, Transport::Udp, GFP_KERNEL)?;
+    let ctx = Ctx::new(sk, Transport::Udp, GFP_KERNEL_ACCOUNT)?;
     // The store before anybody finds the context. A removal that does, by the list, waits for the
     // socket's lock, and finds it by the socket then, or not at all.
     // SAFETY: `ctx` is new. The socket is locked; `udp` and `ours` are of one family.

@@ -140,7 +140,7 @@ unsafe extern "C" fn ulp_init(sk: *mut ext::sock) -> c_int {
             }
             // Whether or not it becomes ours.
             ext::pmskb_sock_get_zc_back(sk.as_ptr());
-            let ctx = Ctx::new(sk, Transport::Tcp, GFP_KERNEL)?;
+            let ctx = Ctx::new(sk, Transport::Tcp, GFP_KERNEL_ACCOUNT)?;
             let ours = PROTOS.get(family).ok_or(EBUSY)?;
             ext::pmskb_ulp_install(sk.as_ptr(), ours.get(), ctx.cast(), ULP.get());
         }
