@@ -134,7 +134,7 @@ pub(crate) struct Ctx {
     /// When the last packet came, and before when the work item need not look: jiffies.
     pub(crate) came: Atomic<usize>,
     pub(crate) not_before: Atomic<usize>,
-    /// The work item could not make records of what it has.
+    /// There was an error when records were to be made of what it has.
     pub(crate) failing: Atomic<u32>,
     /// It is in the list of those that wait.
     listed: Atomic<u32>,
@@ -603,7 +603,8 @@ impl Sockets {
 /// Remembers that a socket has received something; whether it was not known, and is attached. Any
 /// context but hard interrupts.
 pub(crate) fn wait(ctx: &Ctx) -> bool {
-    // What came before this is seen by whoever takes it off the list, or this sees that it is off.
+    // What came before this is seen by whoever takes it off the list, or this sees that it is off:
+    // pairs with the one in `next_waiting`.
     // SAFETY: No requirements.
     unsafe { ext::pmskb_mb() };
     if ctx.listed.load(Relaxed) != 0 {

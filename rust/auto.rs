@@ -81,6 +81,9 @@ pub(crate) fn persist(locked: &mut Stream<'_>, ctx: &Ctx) -> (usize, Result) {
         }
     }
     ctx.own(locked).logged = Some(at);
+    if result.is_err() {
+        ctx.failing.store(1, Relaxed);
+    }
     (at.wrapping_sub(start) as usize, result)
 }
 
@@ -144,6 +147,15 @@ pub(crate) fn taken(locked: &mut Locked<'_>, ctx: &Ctx, received: &Received<'_>)
     }
 }
 
+/// A datagram is about to be dropped, which is not the first one if it was only looked at: those
+/// before it have their records all the same.
+pub(crate) fn discarding(locked: &mut Locked<'_>, ctx: &Ctx, datagram: &Datagram<'_>) {
+    let recorded = &mut ctx.own(locked).recorded;
+    if recorded.as_ref().is_some_and(|last| datagram.is(last)) {
+        *recorded = datagram.before();
+    }
+}
+
 /// Makes records of some of the datagrams that have none yet, from the first of them on; whether
 /// there were any. Those with a wrong checksum are passed over: they are the receiver's to drop.
 /// The error, if not even the first one has its record now.
@@ -195,6 +207,9 @@ pub(crate) fn persist_datagrams(locked: &mut Locked<'_>, ctx: &Ctx) -> Result<bo
         let records = more + before.map_or(0, |(_, records)| records);
         (records > 0).then_some((next, records))
     });
+    if committed.is_err() || looked.is_err() {
+        ctx.failing.store(1, Relaxed);
+    }
     if last.is_none() && more == 0 {
         committed.and(looked)?;
     }
@@ -522,8 +537,7 @@ unsafe fn look_after(sk: NonNull<ext::sock>) -> bool {
 
 /// Whether there is to be another look, and not too soon if this one failed.
 fn looked(locked: &Locked<'_>, ctx: &Ctx, again: Result<bool>) -> bool {
-    let failing = again.is_err();
-    if ctx.failing.xchg(u32::from(failing), Relaxed) != 0 && !failing {
+    if again.is_ok() && ctx.failing.xchg(0, Relaxed) != 0 {
         // Those who were told of an error may receive now.
         locked.tell_ready();
     }

@@ -156,6 +156,7 @@ pub(crate) unsafe fn recvmsg(
             match unsafe { Datagram::first(sk, flags | DONTWAIT) } {
                 Ok(First::Datagram(datagram)) => {
                     if !datagram.is_right() {
+                        auto::discarding(&mut locked, ctx, &datagram);
                         datagram.discard();
                         drop(locked);
                         crate::host::resched();

@@ -703,6 +703,7 @@ bool pmskb_tcp_urg_beyond(const struct sock *sk, u32 end)
 
 void pmskb_mb(void)
 {
+	/* What it pairs with is said where it is called. */
 	smp_mb();
 }
 
@@ -941,6 +942,12 @@ void pmskb_cmsg_no_stamps(struct msghdr *msg)
 
 	msg->msg_control = (void *)&none;
 	msg->msg_controllen = sizeof(none);
+}
+
+/* What the peer has acknowledged while the socket was locked. */
+void pmskb_sk_flush_backlog(struct sock *sk)
+{
+	sk_flush_backlog(sk);
 }
 
 bool pmskb_sk_sends_no_more(const struct sock *sk)
@@ -1490,6 +1497,19 @@ unsigned int pmskb_udp_after(struct sock *sk, const struct sk_buff *last, struct
 	spin_unlock(&sk->sk_receive_queue.lock);
 	spin_unlock_bh(&reader->lock);
 	return nr;
+}
+
+/* The one before that one, of reader_queue, with a reference; NULL if that is the first. */
+struct sk_buff *pmskb_udp_before(struct sock *sk, const struct sk_buff *skb)
+{
+	struct sk_buff_head *reader = &udp_sk(sk)->reader_queue;
+	struct sk_buff *before = NULL;
+
+	spin_lock_bh(&reader->lock);
+	if (skb->next && skb->prev != (struct sk_buff *)reader)
+		before = skb_get(skb->prev);
+	spin_unlock_bh(&reader->lock);
+	return before;
 }
 
 /* Whether a datagram comes before that one, or is it. Not if one of them is in no queue now. */

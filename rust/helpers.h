@@ -228,6 +228,7 @@ bool pmskb_compat_syscall(void);
 struct cmsghdr *pmskb_cmsg_next(struct msghdr *msg, struct cmsghdr *at);
 int pmskb_cmsg_check(struct sock *sk, struct msghdr *msg);
 void pmskb_cmsg_no_stamps(struct msghdr *msg);
+void pmskb_sk_flush_backlog(struct sock *sk);
 bool pmskb_sk_sends_no_more(const struct sock *sk);
 long pmskb_sock_sndtimeo(const struct sock *sk, bool noblock);
 void pmskb_tcp_push(struct sock *sk);
@@ -315,6 +316,7 @@ void pmskb_skb_lend_sock(struct sk_buff *skb, struct sock *sk);
 struct sk_buff *pmskb_udp_peek(struct sock *sk, int flags, int *off, int *err);
 unsigned int pmskb_udp_after(struct sock *sk, const struct sk_buff *last, struct sk_buff **to,
 			     unsigned int max);
+struct sk_buff *pmskb_udp_before(struct sock *sk, const struct sk_buff *skb);
 bool pmskb_udp_is_upto(struct sock *sk, const struct sk_buff *skb, const struct sk_buff *last);
 bool pmskb_udp_is_right(struct sk_buff *skb);
 void pmskb_udp_discard(struct sock *sk, struct sk_buff *skb);

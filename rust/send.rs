@@ -281,6 +281,10 @@ unsafe fn send(
             Ok(now) => {
                 payload.advance(now);
                 sent += now;
+                if payload.left() > 0 {
+                    // As TCP does while it sends for long.
+                    stream.flush_backlog();
+                }
             }
             // At once, if it may not wait.
             Err(e) if e == EAGAIN => {

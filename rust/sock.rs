@@ -565,6 +565,12 @@ impl Stream<'_> {
         usize::try_from(sent).map_err(|_| Error::from_errno(sent))
     }
 
+    /// Lets in what came for it while it was locked.
+    pub(crate) fn flush_backlog(&mut self) {
+        // SAFETY: By the type invariants; nothing of the queues is borrowed.
+        unsafe { ext::pmskb_sk_flush_backlog(self.0.sk.as_ptr()) };
+    }
+
     /// A send answers with an error now.
     pub(crate) fn sends_no_more(&self) -> bool {
         // SAFETY: By the type invariants.
@@ -832,6 +838,14 @@ impl<'a> Datagram<'a> {
     /// Whether it is this one.
     pub(crate) fn is(&self, kept: &Kept) -> bool {
         self.skb.0 == kept.0
+    }
+
+    /// The one before it in the queue.
+    pub(crate) fn before(&self) -> Option<Kept> {
+        // SAFETY: By the type invariants.
+        let before = unsafe { ext::pmskb_udp_before(self.sk.as_ptr(), self.skb.0.as_ptr()) };
+        // INVARIANT: C took the reference.
+        NonNull::new(before).map(Kept)
     }
 
     /// Whether it comes before `last`, or is it, and that is still in the queue.

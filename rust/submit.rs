@@ -508,7 +508,12 @@ fn resolve_buffer(
         return Err(errno(bindings::EXDEV));
     }
     let ranges = op.exts.iter().map(|ext| (ext.0.offset, ext.0.len));
-    let sealed = &*op.sealed.insert(buffer.seal(file, ranges, op.keep, *left)?);
+    let sealed = buffer.seal(file, ranges, op.keep, *left);
+    if matches!(&sealed, Err(e) if *e == E2BIG) {
+        // Not so many once more with the next operation.
+        *left = 0;
+    }
+    let sealed = &*op.sealed.insert(sealed?);
     let mut object = 0;
     for (nr, ext) in op.exts.iter().map(|ext| &ext.0).enumerate() {
         let pieces = &mut op.pieces;

@@ -1792,6 +1792,38 @@ TEST_F(dgram, with_auto_persist_a_wrong_checksum_leaves_no_record)
 	pair_close(&p);
 }
 
+TEST_F(dgram, with_auto_persist_a_wrong_checksum_that_is_looked_at_makes_no_records_anew)
+{
+	static const size_t len[] = { 500, 300, 100 };
+	uint8_t text[900];
+	char buf[1000];
+	struct pair p;
+	int raw;
+
+	fill(text, sizeof(text), 79, 0);
+	ASSERT_EQ(0, pair_make(&p, &self->net, false));
+	ASSERT_EQ(0, sock_attach_ioctl(p.s, self->s.fd));
+	raw = socket(AF_INET, SOCK_RAW, IPPROTO_UDP);
+	ASSERT_LE(0, raw);
+	ASSERT_EQ(0, set_auto(p.s, 1));
+	ASSERT_EQ(0, setsockopt(p.s, SOL_SOCKET, SO_PEEK_OFF, &(int) { 0 }, sizeof(int)));
+	ASSERT_EQ(0, send_raw(raw, &p, text, 500, true));
+	ASSERT_EQ(0, send_raw(raw, &p, text + 500, 300, true));
+	ASSERT_EQ(0, send_raw(raw, &p, text, 400, false));
+	EXPECT_TRUE(comes_to(p.s, 800));
+	EXPECT_EQ(500, recv(p.s, buf, sizeof(buf), MSG_PEEK));
+	EXPECT_EQ(300, recv(p.s, buf, sizeof(buf), MSG_PEEK));
+	EXPECT_EQ(EAGAIN, ERRNO(recv(p.s, buf, sizeof(buf), MSG_PEEK | MSG_DONTWAIT)));
+	ASSERT_EQ(0, send_raw(raw, &p, text + 800, 100, true));
+	EXPECT_EQ(100, recv(p.s, buf, sizeof(buf), MSG_PEEK));
+	EXPECT_EQ(500, recv(p.s, buf, sizeof(buf), 0));
+	close(raw);
+	close(p.s);
+	p.s = -1;
+	expect_log(_metadata, &self->s, &p, len, 3, 79);
+	pair_close(&p);
+}
+
 TEST_F(dgram, icmp_errors_are_those_of_any_udp_socket)
 {
 	struct net net = { AF_INET, LINK_LO };

@@ -283,6 +283,7 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         done: &mut Compacted,
     ) -> Result<Option<(FrameHeader, u64, Batch)>> {
         let base_seq = group.first().ok_or(Error::Invalid)?.base_seq;
+        self.blank(to)?;
         let (header, word) = self.write_header(to, base_seq, false)?;
         // So that `unfill` sees where the records end.
         for line in 1..LINES {

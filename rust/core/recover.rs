@@ -16,7 +16,7 @@
 //! that are more, until it ends.
 
 use super::frame::{hold_all, Need};
-use super::record::{key_of, kill_word, parse, FrameHeader, Line, Locator, Record, LINES};
+use super::record::{key_of, parse, FrameHeader, Line, Locator, Record, LINES};
 use super::superblock::probe;
 use super::{batch, live, Buf, Error, Frame, Frames, Pmem, Result, Store, MAX_OBJECT};
 use core::cmp::Ordering;
@@ -235,16 +235,14 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
             let mut used = false;
             let readable = self.walk(&header, report, |store, report, record| {
                 used = true;
-                match store.claim_record(&record) {
-                    Err(Error::Damaged | Error::Invalid | Error::Io) => {
-                        report.bad_extents += 1;
-                        store.give_up(&record)
-                    }
-                    other => {
-                        *keyed += usize::from(record.keyed());
-                        other
-                    }
+                if store.check_record(&record).is_err() {
+                    report.bad_extents += 1;
+                    return Ok(());
                 }
+                // What is counted later has to be claimed now.
+                store.claim_record(&record)?;
+                *keyed += usize::from(record.keyed());
+                Ok(())
             })?;
             if !readable {
                 report.unreadable += 1;
@@ -275,36 +273,17 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         }
     }
 
-    /// A record that has not what it claims must not be taken for one that has: it is killed, if
-    /// others would. One that is damaged for everybody stays, so that it can be told of.
-    fn give_up(&mut self, record: &Record) -> Result<()> {
-        if self.read_only || self.check_record(record).is_err() {
-            return Ok(());
-        }
-        let word = kill_word(&self.pm, record.loc)?;
-        if broken!("unclaimed_records") {
-            return Ok(());
-        }
-        self.pm.store(record.loc.0, word)?;
-        self.flush(record.loc.0, 8)
-    }
-
-    /// Claims what one record uses; nothing if it cannot be right.
+    /// Claims what one record uses.
     fn claim_record(&mut self, record: &Record) -> Result<()> {
-        self.check_record(record)?;
         let (pm, geo) = (&self.pm, &self.geo);
-        for frame in record.lists(pm, geo) {
-            // A list is one record's only.
-            if self.frames.holds(frame?) > 0 {
-                return Err(Error::Damaged);
-            }
-        }
         for extent in record.extents(pm, geo) {
             hold_all(&self.frames, core::iter::once(extent?), F::claim)?;
         }
         if let Some(extent) = record.key_extent(pm)? {
             hold_all(&self.frames, core::iter::once(extent), F::claim)?;
         }
+        // A list is one record's only, but its frame may be what a forged one says that it has: then
+        // each has a hold, and gives that back.
         for frame in record.lists(pm, geo) {
             self.frames.claim(frame?, 0)?;
             self.stats.list_frames += 1;

@@ -588,6 +588,13 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         self.set_staged(index, Staged { kept, ..staged });
         if staged.kept == Kept::Put {
             let record = read_staged(&self.pm, Locator(staged.loc), staged.word)?;
+            // Whoever looks for records goes on after it, and not in it: its key may be anything.
+            // It leaves its sequence number behind, too, which was told to somebody.
+            if !broken!("undone_records") {
+                let word = kill_word_by(&self.pm, Locator(staged.loc), staged.word)?;
+                self.pm.store(staged.loc, word)?;
+                self.flush(staged.loc, LINE_SIZE)?;
+            }
             self.release(&record)?;
         }
         Ok(())
@@ -732,9 +739,16 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         };
         let seq = self.next_seq;
         let loc = Locator(open.header.off + open.line * LINE_SIZE);
-        let word = self.write_record(draft, loc, open.header.nonce, seq, first_list)?;
         let frame = Frame::of(open.header.off).ok_or(Error::Damaged)?;
-        self.frames.hold(frame, 0)?;
+        let written = self.write_record(draft, loc, open.header.nonce, seq, first_list);
+        let held = written.and_then(|word| self.frames.hold(frame, 0).map(|()| word));
+        if held.is_err() {
+            // Nothing of it stays, whatever it looks like.
+            for line in 0..lines {
+                let _ = self.pm.store(loc.0 + line * LINE_SIZE, 0);
+            }
+        }
+        let word = held?;
         self.open = Some(Open {
             line: open.line + lines,
             ..open
@@ -806,8 +820,8 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
     }
 
     fn init_frame(&mut self, frame: Frame) -> Result<Open> {
+        self.blank(frame)?;
         let (header, _) = self.write_header(frame, self.next_seq, true)?;
-        self.clear_forged(&header)?;
         let key = header.base_seq.to_be_bytes();
         let key = KeySrc::Bytes(&key);
         let old = self.log.insert(&self.pm, &mut self.pool, &key, header.off);
@@ -820,18 +834,25 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         Ok(Open { header, line: 1 })
     }
 
-    /// Whoever had the frame before may have known the salt, and guessed the rest of the nonce: what
-    /// looks like a record in a frame that has none yet has no holds to give back. After a crash it
-    /// may be there, and recovery takes holds for it, as for any other.
-    fn clear_forged(&mut self, header: &FrameHeader) -> Result<()> {
+    /// Whoever had the frame before may have known the salt, and guessed the rest of a nonce: what
+    /// looks like a record in a frame that has none yet is made to look like nothing, durably
+    /// before the frame counts. It has no holds to give back.
+    pub(super) fn blank(&mut self, frame: Frame) -> Result<()> {
+        let mut any = false;
         for line in 1..LINES {
-            let blank = matches!(
-                parse(&self.pm, &self.geo, header, line),
-                Ok(Line::Blank) | Err(Error::Io)
-            );
-            if !blank && !broken!("forged_records") {
-                self.pm.store(header.off + line * LINE_SIZE, 0)?;
+            let off = frame.off() + line * LINE_SIZE;
+            let mut word = [0; 8];
+            // What cannot be read now may be later.
+            let read = self.pm.read(off, &mut word);
+            let looks = read.is_err() || is_put(u64::from_le_bytes(word));
+            if looks && !broken!("forged_records") {
+                self.pm.store(off, 0)?;
+                self.flush(off, 8)?;
+                any = true;
             }
+        }
+        if any {
+            self.fence();
         }
         Ok(())
     }
@@ -919,9 +940,6 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
             None => self.store_words(!broken!("record_flush"))?,
         }
         let newest = self.newest_put();
-        if let Some(gone) = newest.filter(|newest| newest.kept == Kept::Gone) {
-            self.remember(&gone)?;
-        }
         if broken!("fence2") {
             self.unfenced = false;
         }
@@ -964,19 +982,6 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
     fn newest_put(&self) -> Option<Staged> {
         let staged = (0..self.staged).rev().map(|index| self.staged_at(index));
         staged.into_iter().find(|staged| is_put(staged.word))
-    }
-
-    /// A put that was undone by a delete of the same commit leaves its sequence number
-    /// behind, if no record does: it was told to somebody.
-    fn remember(&mut self, gone: &Staged) -> Result<()> {
-        let frame = Locator(gone.loc).frame_off();
-        // The header of a later frame has a higher number.
-        if self.open.is_some_and(|open| open.header.off == frame) {
-            let word = kill_word_by(&self.pm, Locator(gone.loc), gone.word)?;
-            self.pm.store(gone.loc, word)?;
-            self.flush(gone.loc, LINE_SIZE)?;
-        }
-        Ok(())
     }
 
     /// Stores the first words of new records, and the kills of deleted ones, and

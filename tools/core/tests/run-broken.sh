@@ -45,7 +45,7 @@ for what; do
 	# It stops at the first schedule that shows it.
 	reader_*) set -- env PMSKB_SCHEDULES=500 "$model" readers_are ;;
 	compact_unread) set -- "$media" ;;
-	forged_records | unclaimed_records) set -- "$store" ;;
+	forged_records | undone_records) set -- "$store" ;;
 	*) set -- "$crash" ;;
 	esac
 	if PMSKB_BREAK=$what "$@" >"$log/$what.log" 2>&1; then

@@ -564,7 +564,7 @@ fn what_was_in_a_frame_before_is_no_record_of_it() {
 }
 
 #[test]
-fn a_record_whose_list_is_not_its_own_gives_nothing_back() {
+fn a_record_whose_list_another_one_has_as_payload_gives_back_what_it_took() {
     let mut driver = Driver::new(recover(formatted()).unwrap().0);
     driver.run(&Op::Append { tag: 1, len: 64 }).unwrap();
     // So many pieces that they are in a list.
@@ -600,18 +600,80 @@ fn a_record_whose_list_is_not_its_own_gives_nothing_back() {
     let nonce = u32::from_le_bytes(header[48..52].try_into().unwrap());
     image.damage(log[0].loc.0, &forged(&raw, nonce, log[0].seq, first, list));
 
-    let (mut store, report) = recover(image).unwrap();
-    assert_eq!(report.bad_extents, 1);
-    let log = log_of(&store);
-    assert_eq!(log.len(), 1);
-    assert_eq!(extent_of(&store, &log[0]), list);
-    check_space(&store).unwrap();
-    store.truncate(u64::MAX >> 1).unwrap();
-    while store.drain(1000).unwrap() {}
-    store.commit().unwrap();
-    check_space(&store).unwrap();
-    let counts = store.frames().0.borrow().counts();
-    assert_eq!(counts.payload, 0);
+    for read_only in [true, false] {
+        let pm = image.clone();
+        let frames = HostFrames::new(&probe(&pm).unwrap().superblock.geometry).unwrap();
+        let options = RecoverOptions { read_only };
+        let work = vec![0; SimStore::WORK_WORDS];
+        let (mut store, report) = Store::recover(pm, frames, work, host::list, options).unwrap();
+        assert_eq!(report.bad_extents, 0);
+        let log = log_of(&store);
+        assert_eq!(log.len(), 2);
+        assert_eq!(extent_of(&store, &log[0]), list);
+        assert_eq!(object_of(&store, &log[1]).len(), 300 * 64);
+        if read_only {
+            continue;
+        }
+        // First one, then the other.
+        for seq in [log[0].seq, log[1].seq] {
+            store.truncate(seq).unwrap();
+            while store.drain(1000).unwrap() {}
+            store.commit().unwrap();
+        }
+        check_space(&store).unwrap();
+        assert_eq!(store.frames().0.borrow().counts().payload, 0);
+        assert_eq!(store.stats().list_frames, 0);
+    }
+}
+
+#[test]
+fn what_is_in_the_key_of_an_undone_put_is_no_record() {
+    for how in 0..3 {
+        let mut driver = driver();
+        let log = log_of(&driver.store);
+        let last = *log.last().unwrap();
+        let (mut raw, mut header) = ([0; 64], [0; 64]);
+        let pm = driver.store.pm();
+        pm.read(last.loc.0, &mut raw).unwrap();
+        pm.read(last.loc.0 / 4096 * 4096, &mut header).unwrap();
+        let nonce = u32::from_le_bytes(header[48..52].try_into().unwrap());
+        let mine = extent_of(&driver.store, &last);
+        let target = Extent::new(last.loc.0 / 4096 * 4096, 64);
+        let line = forged(&raw, nonce, last.seq, mine, target);
+        let key = line.repeat(16);
+        let args = PutArgs {
+            key: Key::Bytes(&key),
+            extents: &[],
+            meta: Meta::default(),
+            mode: PutMode::Upsert,
+            if_seq: None,
+        };
+        let store = &mut driver.store;
+        let mut want = log.len();
+        match how {
+            0 => {
+                store.put(&args).unwrap();
+                store.put(&args).unwrap();
+                want += 1;
+            }
+            1 => {
+                store.put(&args).unwrap();
+                store.delete(&key, None).unwrap();
+            }
+            _ => {
+                store.begin_atomic().unwrap();
+                store.put(&args).unwrap();
+                store.abort();
+            }
+        }
+        store.commit().unwrap();
+        assert_eq!(log_of(store).len(), want, "{how}");
+        check_space(store).unwrap();
+        store.truncate(u64::MAX >> 2).unwrap();
+        while store.drain(1000).unwrap() {}
+        store.commit().unwrap();
+        check_space(store).unwrap();
+    }
 }
 
 #[test]

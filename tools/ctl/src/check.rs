@@ -289,7 +289,8 @@ fn write_pairs(out: &mut impl Write, title: &str, value: &Value) -> io::Result<(
     for (name, value) in pairs {
         match value {
             Value::Null => {}
-            Value::String(s) => writeln!(out, "  {name:<20} {s}")?,
+            // The label is whatever is on the media.
+            Value::String(s) => writeln!(out, "  {name:<20} {}", text::key(s.as_bytes()))?,
             other => writeln!(out, "  {name:<20} {other}")?,
         }
     }

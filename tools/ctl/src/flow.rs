@@ -3,7 +3,13 @@
 //! What came over a TCP connection, or in datagrams, put together again from the records of
 //! auto-persist.
 
-use std::{fs::File, io, io::Write, net::SocketAddr, path::Path, process::ExitCode};
+use std::{
+    fs::File,
+    io::{self, IsTerminal, Write},
+    net::SocketAddr,
+    path::Path,
+    process::ExitCode,
+};
 
 use anyhow::{bail, Context};
 use pmskb_uapi::{core::Record, Catalog};
@@ -89,7 +95,14 @@ fn parts(catalog: &Catalog, ends: Ends, apart: bool) -> anyhow::Result<Vec<Part>
     Ok(parts)
 }
 
-fn write(catalog: &Catalog, udp: bool, part: &Part, out: &mut dyn Write) -> anyhow::Result<()> {
+/// Writes the bytes of a part; to a terminal nothing that it obeys.
+fn write(
+    catalog: &Catalog,
+    udp: bool,
+    part: &Part,
+    out: &mut dyn Write,
+    terminal: bool,
+) -> anyhow::Result<()> {
     let mut next = part.records.first().map_or(0, |r| r.meta.tcp_seq);
     let mut bytes = Vec::new();
     for record in &part.records {
@@ -104,7 +117,14 @@ fn write(catalog: &Catalog, udp: bool, part: &Part, out: &mut dyn Write) -> anyh
             true => 0,
             false => next.wrapping_sub(record.meta.tcp_seq) as usize,
         };
-        out.write_all(bytes.get(skip..).unwrap_or_default())?;
+        let bytes = bytes.get(skip..).unwrap_or_default();
+        if terminal && !text::is_plain(bytes) {
+            bail!(
+                "record {} is not text\n  give a file with -o, or a pipe",
+                record.seq
+            );
+        }
+        out.write_all(bytes)?;
         next = record.meta.tcp_seq.wrapping_add(record.len);
     }
     Ok(out.flush()?)
@@ -146,10 +166,19 @@ pub fn get(
         Some(path) => {
             let mut file =
                 File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
-            write(catalog, ends.udp, chosen, &mut file)?;
+            write(catalog, ends.udp, chosen, &mut file, false)?;
         }
         None if json => {}
-        None => write(catalog, ends.udp, chosen, &mut io::stdout().lock())?,
+        None => {
+            let terminal = io::stdout().is_terminal();
+            write(
+                catalog,
+                ends.udp,
+                chosen,
+                &mut io::stdout().lock(),
+                terminal,
+            )?;
+        }
     }
     if json {
         let (first, last) = seqs(chosen);

@@ -192,8 +192,8 @@ pub fn get(a: &Get, json: bool) -> anyhow::Result<ExitCode> {
             }
             None if json => {}
             None => {
-                if io::stdout().is_terminal() && bytes.contains(&0) {
-                    bail!("the object is binary\n  give a file with -o, or a pipe");
+                if io::stdout().is_terminal() && !text::is_plain(&bytes) {
+                    bail!("the object is not text\n  give a file with -o, or a pipe");
                 }
                 io::stdout().write_all(&bytes)?;
             }

@@ -135,7 +135,7 @@ pub fn key(key: &[u8]) -> String {
             match c {
                 '\\' => out.push_str("\\\\"),
                 // Anything that could move the cursor or look like what it is not.
-                c if c.is_control() || (c.is_whitespace() && c != ' ') => {
+                c if c.is_control() || (c.is_whitespace() && c != ' ') || is_unseen(c) => {
                     let mut bytes = [0; 4];
                     for b in c.encode_utf8(&mut bytes).bytes() {
                         out.push_str(&format!("\\x{b:02x}"));
@@ -149,6 +149,38 @@ pub fn key(key: &[u8]) -> String {
         }
     }
     out
+}
+
+/// Characters without a width, or that change the direction of what follows (Unicode's
+/// `Default_Ignorable_Code_Point` and `Bidi_Control`).
+const UNSEEN: [std::ops::RangeInclusive<char>; 15] = [
+    '\u{ad}'..='\u{ad}',
+    '\u{34f}'..='\u{34f}',
+    '\u{61c}'..='\u{61c}',
+    '\u{115f}'..='\u{1160}',
+    '\u{17b4}'..='\u{17b5}',
+    '\u{180b}'..='\u{180f}',
+    '\u{200b}'..='\u{200f}',
+    '\u{202a}'..='\u{202e}',
+    '\u{2060}'..='\u{206f}',
+    '\u{3164}'..='\u{3164}',
+    '\u{fe00}'..='\u{fe0f}',
+    '\u{feff}'..='\u{feff}',
+    '\u{ffa0}'..='\u{ffa0}',
+    '\u{fff0}'..='\u{fffb}',
+    '\u{e0000}'..='\u{e0fff}',
+];
+
+fn is_unseen(c: char) -> bool {
+    UNSEEN.iter().any(|range| range.contains(&c))
+}
+
+/// Whether bytes are text that a terminal prints and nothing else: it obeys some control characters.
+pub fn is_plain(bytes: &[u8]) -> bool {
+    let plain = |c: char| !c.is_control() || matches!(c, '\n' | '\r' | '\t');
+    bytes
+        .utf8_chunks()
+        .all(|part| part.valid().chars().all(plain) && part.invalid().iter().all(|b| *b >= 0xa0))
 }
 
 /// The opposite of [`key`].
@@ -314,15 +346,36 @@ mod tests {
             b"\x00\n\x1b[0m",
             b"\xff\xfe",
             "é \u{2028}".as_bytes(),
+            "\u{202e}moc\u{2066} \u{200b}".as_bytes(),
         ] {
             let printed = key(bytes);
             assert!(!printed.contains(['\n', '\x1b', '\u{2028}']), "{printed}");
+            assert!(
+                !printed.contains(['\u{202e}', '\u{2066}', '\u{200b}']),
+                "{printed}"
+            );
             assert_eq!(parse_key(&printed).unwrap().0, bytes);
         }
         assert!(parse_key("\\q").is_err());
         assert!(parse_key("\\x1").is_err());
         assert_eq!(parse_hex_key("00ff").unwrap().0, [0, 255]);
         assert!(parse_hex_key("0").is_err());
+    }
+
+    #[test]
+    fn what_a_terminal_obeys_is_not_plain() {
+        for plain in [&b""[..], b"a\tb\r\n", "é".as_bytes(), b"\xe9t\xe9"] {
+            assert!(is_plain(plain), "{plain:?}");
+        }
+        for other in [
+            &b"\x00"[..],
+            b"\x1b[2J",
+            b"\x7f",
+            b"\x9b2J",
+            "\u{9b}2J".as_bytes(),
+        ] {
+            assert!(!is_plain(other), "{other:?}");
+        }
     }
 
     #[test]
