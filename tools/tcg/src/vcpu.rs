@@ -10,16 +10,41 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 /// The registers that a flush may need: the general ones by their numbers in the
 /// encoding, then the others.
-pub const REGISTERS: [&str; 20] = [
-    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13",
-    "r14", "r15", "fs_base", "gs_base", "cr3", "cr4",
+pub const REGISTERS: [&str; 22] = [
+    "rax",
+    "rcx",
+    "rdx",
+    "rbx",
+    "rsp",
+    "rbp",
+    "rsi",
+    "rdi",
+    "r8",
+    "r9",
+    "r10",
+    "r11",
+    "r12",
+    "r13",
+    "r14",
+    "r15",
+    "fs_base",
+    "gs_base",
+    "cr3",
+    "cr4",
+    "rip",
+    "k_gs_base",
 ];
 /// The place of `%rax` among them.
 pub const RAX: usize = 0;
 const FS_BASE: usize = 16;
-const GS_BASE: usize = 17;
+/// The place of the base of `%gs`.
+pub const GS_BASE: usize = 17;
 const CR3: usize = 18;
 const CR4: usize = 19;
+/// The place of `%rip`. It is right at the first instruction of a block, and only there.
+pub const RIP: usize = 20;
+/// The place of the other `%gs`: the kernel's in user mode, the user's in kernel mode.
+pub const K_GS_BASE: usize = 21;
 
 /// CR4.LA57: five levels of page tables.
 const LA57: u64 = 1 << 12;
