@@ -233,7 +233,8 @@ fn file_name(path: &str) -> String {
 /// compilers add for parts and copies of functions.
 fn readable(name: &str) -> String {
     let name = match name.split_once('.') {
-        Some((whole, part)) if !whole.is_empty() && !part.starts_with("llvm") => whole,
+        // Old names of Rust's have dots in them.
+        Some((whole, _)) if !whole.is_empty() && !name.starts_with("_ZN") => whole,
         _ => name,
     };
     format!("{:#}", rustc_demangle::demangle(name))
@@ -336,6 +337,12 @@ ffffffffc0000040 t e1000_clean\t[e1000e]
     fn names_are_readable() {
         assert_eq!(readable("tcp_ack.part.0"), "tcp_ack");
         assert_eq!(readable("memcpy"), "memcpy");
+        assert_eq!(
+            readable(
+                "_ZN58_$LT$alloc..string..String$u20$as$u20$core..fmt..Write$GT$9write_str17h0123456789abcdefE"
+            ),
+            "<alloc::string::String as core::fmt::Write>::write_str"
+        );
         assert_eq!(
             readable("_ZN4core3ptr4read17h0123456789abcdefE"),
             "core::ptr::read"
