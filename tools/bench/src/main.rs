@@ -9,10 +9,12 @@
 //! | `categories.rs` | which function is for what |
 //! | `report.rs` | from windows of the meter to tables |
 //! | `plot.rs` | to pictures |
+//! | `check.rs` | to a verdict, for `make test` |
 
 #![deny(unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks)]
 
 mod categories;
+mod check;
 mod load;
 mod plot;
 mod report;
@@ -38,6 +40,8 @@ enum Command {
     Load(load::Args),
     /// Makes tables and plots of what a run left
     Report(report::Args),
+    /// Says whether a counted run is as it must be, as TAP
+    Check(check::Args),
 }
 
 fn main() -> Result<()> {
@@ -45,5 +49,6 @@ fn main() -> Result<()> {
         Command::Serve(args) => server::run(&args),
         Command::Load(args) => load::run(&args),
         Command::Report(args) => report::run(&args),
+        Command::Check(args) => check::run(&args),
     }
 }

@@ -39,24 +39,24 @@ const RIVAL: &str = "copy-manage";
 
 /// One contender under one load, counted.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-struct Point {
-    contender: String,
-    connections: u64,
-    body: u64,
-    requests: u64,
+pub struct Point {
+    pub contender: String,
+    pub connections: u64,
+    pub body: u64,
+    pub requests: u64,
     /// Instructions of the server's CPU, by what they are for, in [`Category::ALL`]'s order.
     instructions: Vec<u64>,
     /// What was done to persistent memory and payload.
-    memory: Memory,
+    pub memory: Memory,
     /// Payload bytes that functions read which sum them up.
-    checksummed: u64,
+    pub checksummed: u64,
     /// System calls.
-    syscalls: u64,
-    /// Instructions of each function: place and name, instructions, calls.
+    pub syscalls: u64,
+    /// Instructions of each function, by place and name; the server is just "server".
     #[serde(skip)]
     functions: HashMap<String, u64>,
     /// The module's own count of placed packets: derived, hardware, computed.
-    placed: Option<[u64; 3]>,
+    pub placed: Option<[u64; 3]>,
 }
 
 impl Point {
@@ -74,8 +74,13 @@ impl Point {
             } else if nameless {
                 checksummed += row.loaded.saturating_sub(row.stored);
             }
+            // Both programs have much of their code from the same library.
+            let place = match row.place.as_str() {
+                "pmskb-bench" | "pmskb-httpd" => "server",
+                other => other,
+            };
             *functions
-                .entry(format!("{} {}", row.place, row.name))
+                .entry(format!("{place} {}", row.name))
                 .or_default() += row.instructions;
         }
         Self {
@@ -92,7 +97,8 @@ impl Point {
         }
     }
 
-    fn per(&self, count: u64) -> f64 {
+    /// For a request.
+    pub fn per(&self, count: u64) -> f64 {
         count as f64 / self.requests as f64
     }
 
@@ -111,7 +117,7 @@ impl Point {
     }
 
     /// Times the payload.
-    fn times(&self, bytes: u64) -> f64 {
+    pub fn times(&self, bytes: u64) -> f64 {
         self.per(bytes) / self.body as f64
     }
 
@@ -171,7 +177,8 @@ fn placed(directory: &Path, number: u64) -> Result<Option<[u64; 3]>> {
     })
 }
 
-fn counted(directory: &Path, files: &[PathBuf]) -> Result<Vec<Point>> {
+/// What a counted run left.
+pub fn read_counted(directory: &Path, files: &[PathBuf]) -> Result<Vec<Point>> {
     let kallsyms = read(&directory.join("kallsyms"))?;
     let mut symbols: HashMap<String, Symbols> = HashMap::new();
     let mut points = Vec::new();
@@ -581,7 +588,7 @@ pub fn run(args: &Args) -> Result<()> {
         times: timed(&args.timed)?,
     };
     for directory in &args.counted {
-        results.points.extend(counted(directory, &args.files)?);
+        results.points.extend(read_counted(directory, &args.files)?);
     }
     if results.points.is_empty() {
         bail!("nothing was counted");
