@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 //! What must be so in any run, as TAP: counts that depend on nothing but the code.
 
-use crate::report::{Point, read_counted};
+use crate::report::{Point, connections, read_counted};
 use anyhow::{Context, Result, ensure};
 use std::path::PathBuf;
 
@@ -38,7 +38,7 @@ fn promises(p: &Point) -> Vec<Promise> {
     let mut all = Vec::new();
     let mut add = |what: &str, measured: f64, from: f64, to: f64| {
         all.push(Promise {
-            name: format!("{name}, {n} connections: {what}"),
+            name: format!("{name}, {}: {what}", connections(n)),
             measured,
             from,
             to,

@@ -23,6 +23,7 @@ mod store;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
+use pmskb_meter::mark::Mark;
 
 /// Servers, a client and a report for `make bench`.
 #[derive(Parser)]
@@ -38,16 +39,34 @@ enum Command {
     Serve(server::Args),
     /// Sends POSTs, each connection one at a time, and marks the windows of the meter
     Load(load::Args),
+    /// Says to the meter that windows will come, or none for now
+    Mark {
+        /// Which of the two
+        what: Word,
+    },
     /// Makes tables and plots of what a run left
     Report(report::Args),
     /// Says whether a counted run is as it must be, as TAP
     Check(check::Args),
 }
 
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Word {
+    Watch,
+    Rest,
+}
+
 fn main() -> Result<()> {
     match Args::parse().command {
         Command::Serve(args) => server::run(&args),
         Command::Load(args) => load::run(&args),
+        Command::Mark { what } => {
+            match what {
+                Word::Watch => Mark::Watch.make(),
+                Word::Rest => Mark::Rest.make(),
+            }
+            Ok(())
+        }
         Command::Report(args) => report::run(&args),
         Command::Check(args) => check::run(&args),
     }

@@ -29,18 +29,26 @@ fn begin(out: &mut String, height: f64, title: &str) {
     );
 }
 
-fn legend(out: &mut String, y: f64, names: &[&str]) {
+/// Names behind little squares, from the colour with a number on. Where colours begin anew, lines
+/// are dashed, and squares empty.
+fn legend(out: &mut String, y: f64, first: usize, names: &[&str]) {
     let mut x = 10.0;
-    for (name, colour) in names.iter().zip(COLOURS.iter().cycle()) {
+    for (at, name) in names
+        .iter()
+        .enumerate()
+        .map(|(at, name)| (first + at, name))
+    {
+        let colour = COLOURS[at % COLOURS.len()];
+        let inside = if at < COLOURS.len() { colour } else { "white" };
         let _ = writeln!(
             out,
-            "<rect x=\"{x}\" y=\"{}\" width=\"12\" height=\"12\" fill=\"{colour}\"/>\
-             <text x=\"{}\" y=\"{y}\">{}</text>",
+            "<rect x=\"{x}\" y=\"{}\" width=\"11\" height=\"11\" fill=\"{inside}\" stroke=\"{colour}\" \
+             stroke-width=\"2\"/><text x=\"{}\" y=\"{y}\">{}</text>",
             y - 10.0,
-            x + 16.0,
+            x + 17.0,
             escape(name)
         );
-        x += 30.0 + 7.0 * name.len() as f64;
+        x += 32.0 + 7.0 * name.len() as f64;
     }
 }
 
@@ -59,7 +67,7 @@ pub fn stacked(title: &str, parts: &[&str], bars: &[(String, Vec<f64>)]) -> Stri
     let mut out = String::new();
     let height = 90.0 + BAR * 1.4 * bars.len() as f64;
     begin(&mut out, height, title);
-    legend(&mut out, 42.0, parts);
+    legend(&mut out, 42.0, 0, parts);
     let total = |bar: &(String, Vec<f64>)| bar.1.iter().sum::<f64>();
     let max = bars.iter().map(total).fold(0.0, f64::max).max(1.0);
     let scale = (WIDTH - LEFT - 80.0) / max;
@@ -115,7 +123,8 @@ pub fn lines(title: &str, across: &str, series: &[Line]) -> String {
     begin(&mut out, height, title);
     let names: Vec<&str> = series.iter().map(|s| s.0.as_str()).collect();
     let half = names.len().div_ceil(2);
-    legend(&mut out, 40.0, &names[..half]);
+    legend(&mut out, 40.0, 0, &names[..half]);
+    legend(&mut out, 58.0, half, &names[half..]);
     let points = || series.iter().flat_map(|s| s.1.iter());
     let max = points()
         .map(|p| p.1)
@@ -175,21 +184,6 @@ pub fn lines(title: &str, across: &str, series: &[Line]) -> String {
             path.join(" ")
         );
     }
-    // The second half of the legend, below the first.
-    let mut rest = String::new();
-    let skip = half % COLOURS.len();
-    let mut at = 10.0;
-    for (name, colour) in names[half..].iter().zip(COLOURS.iter().cycle().skip(skip)) {
-        let _ = writeln!(
-            rest,
-            "<rect x=\"{at}\" y=\"46\" width=\"12\" height=\"12\" fill=\"{colour}\"/>\
-             <text x=\"{}\" y=\"56\">{}</text>",
-            at + 16.0,
-            escape(name)
-        );
-        at += 30.0 + 7.0 * name.len() as f64;
-    }
-    out += &rest;
     out += "</svg>\n";
     out
 }

@@ -272,6 +272,14 @@ fn ratios(of: &[f64], to: &[f64]) -> Option<(f64, f64, f64)> {
     Some((median, all[0], all[all.len() - 1]))
 }
 
+/// So many connections, in words.
+pub fn connections(n: u64) -> String {
+    match n {
+        1 => "1 connection".into(),
+        n => format!("{n} connections"),
+    }
+}
+
 /// A target of the project's, and what was measured.
 #[derive(Debug, Serialize)]
 struct Target {
@@ -332,7 +340,7 @@ impl Results {
         let loads = self.loads().into_iter().filter(|l| l.1 == 1024);
         for load in loads.clone() {
             let n = load.0;
-            let plural = if n == 1 { "connection" } else { "connections" };
+            let n = connections(n);
             let of = |name| self.point(name, load);
             let (Some(floor), Some(rival)) = (of(FLOOR), of(RIVAL)) else {
                 continue;
@@ -340,12 +348,12 @@ impl Results {
             for name in ["pmskb", "pmskb-uring"] {
                 let Some(point) = of(name) else { continue };
                 out.push(at_most(
-                    format!("{name}, {n} {plural}: data management, of {RIVAL}'s"),
+                    format!("{name}, {n}: data management, of {RIVAL}'s"),
                     0.25,
                     point.management(floor) / rival.management(floor),
                 ));
                 out.push(at_most(
-                    format!("{name}, {n} {plural}: instructions, of {RIVAL}'s"),
+                    format!("{name}, {n}: instructions, of {RIVAL}'s"),
                     0.8,
                     point.total() / rival.total(),
                 ));
@@ -353,16 +361,16 @@ impl Results {
             let Some(point) = of("pmskb") else { continue };
             // Unaligned copies store their last bytes twice.
             out.push(at_most(
-                format!("pmskb, {n} {plural}: payload stored by the CPU, times"),
+                format!("pmskb, {n}: payload stored by the CPU, times"),
                 1.03,
                 point.times(point.memory.payload_stored),
             ));
             out.push(at_most(
-                format!("pmskb, {n} {plural}: durable bytes beside the payload"),
+                format!("pmskb, {n}: durable bytes beside the payload"),
                 256.0,
                 point.per(point.memory.pm_bytes_durable) - load.1 as f64,
             ));
-            if n == 1 {
+            if load.0 == 1 {
                 out.push(at_most(
                     "pmskb, 1 connection: payload checksummed in software, times",
                     0.0,
@@ -601,10 +609,11 @@ pub fn run(args: &Args) -> Result<()> {
     );
     let _ = write!(text, "## Targets\n\n{}\n", target_table(&targets));
     for load in results.loads() {
-        let (connections, body) = load;
+        let (n, body) = load;
+        let connections = connections(n);
         let _ = write!(
             text,
-            "## {body} bytes, {connections} connections, for a request\n\n{}\n",
+            "## {body} bytes, {connections}, for a request\n\n{}\n",
             results.costs(load)
         );
         let bars: Vec<(String, Vec<f64>)> = results
@@ -617,8 +626,8 @@ pub fn run(args: &Args) -> Result<()> {
             })
             .collect();
         let titles = Category::ALL.map(Category::title);
-        let title = format!("Instructions a request: {body} bytes, {connections} connections");
-        let name = format!("breakdown-{body}-{connections}.svg");
+        let title = format!("Instructions a request: {body} bytes, {connections}");
+        let name = format!("breakdown-{body}-{n}.svg");
         fs::write(args.out.join(&name), plot::stacked(&title, &titles, &bars))?;
         let _ = write!(text, "![{title}]({name})\n\n");
         for (of, to) in [("pmskb", FLOOR), (RIVAL, FLOOR)] {

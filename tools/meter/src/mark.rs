@@ -8,6 +8,10 @@ pub enum Mark {
     Begin(u64),
     /// The window that has begun ends, and is written.
     End,
+    /// Windows will come: from now on there are callbacks.
+    Watch,
+    /// None will come for now: the guest runs faster.
+    Rest,
 }
 
 impl Mark {
@@ -16,6 +20,8 @@ impl Mark {
         match self {
             Mark::Begin(number) => 1 | (number << 8),
             Mark::End => 2,
+            Mark::Watch => 3,
+            Mark::Rest => 4,
         }
     }
 
@@ -24,6 +30,8 @@ impl Mark {
         match (code & 0xff, code >> 8) {
             (1, number) => Some(Mark::Begin(number)),
             (2, 0) => Some(Mark::End),
+            (3, 0) => Some(Mark::Watch),
+            (4, 0) => Some(Mark::Rest),
             _ => None,
         }
     }
@@ -45,10 +53,16 @@ mod tests {
 
     #[test]
     fn a_mark_means_what_it_said() {
-        for mark in [Mark::Begin(0), Mark::Begin(77), Mark::End] {
+        for mark in [
+            Mark::Begin(0),
+            Mark::Begin(77),
+            Mark::End,
+            Mark::Watch,
+            Mark::Rest,
+        ] {
             assert_eq!(Mark::from_code(mark.code()), Some(mark));
         }
-        for code in [0, 3, 0x102, 0xffff_8880_0000_0000] {
+        for code in [0, 5, 0x102, 0xffff_8880_0000_0000] {
             assert_eq!(Mark::from_code(code), None, "{code:#x}");
         }
     }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 //! The plugin: blocks, memory accesses, flushes and fences have callbacks, which count what
-//! the server's vCPU does in a window: of two, the one that did not make the mark.
+//! the server's vCPU does in a window: of two, the one that did not make the mark. Until the
+//! guest says that windows will come, only marks have a callback, and it runs at full speed.
 //!
 //! With `-icount` QEMU runs its vCPUs in turn, and shares code between them. It then tells a
 //! callback which vCPU translated the code, and not which one runs it. (accel/tcg/plugin-gen.c of
@@ -79,6 +80,7 @@ fn add(counter: &AtomicU64, n: u64) {
 /// Everything.
 struct Plugin {
     qemu: Qemu,
+    id: qemu::Id,
     args: Args,
     registers: OnceLock<Handles>,
     glass: Mutex<Glass>,
@@ -90,6 +92,8 @@ struct Plugin {
     marker: AtomicU64,
     /// Something waits for a fence of the counted vCPU.
     waits: AtomicBool,
+    /// Whatever is translated gets callbacks.
+    watching: AtomicBool,
     /// A window has begun.
     counting: AtomicBool,
     number: AtomicU64,
@@ -100,7 +104,7 @@ struct Plugin {
 }
 
 impl Plugin {
-    fn new(args: &[&str], info: &qemu::Info) -> Result<Self, String> {
+    fn new(id: qemu::Id, args: &[&str], info: &qemu::Info) -> Result<Self, String> {
         let args = Args::parse(args.iter().copied())?;
         let vcpus = info.vcpus()?;
         if vcpus != 2 {
@@ -110,6 +114,7 @@ impl Plugin {
         Ok(Self {
             glass: Mutex::new(qemu.glass()),
             qemu,
+            id,
             registers: OnceLock::new(),
             sites: Sites::default(),
             translator: Translator::default(),
@@ -117,6 +122,7 @@ impl Plugin {
             sums: Sums::default(),
             marker: AtomicU64::new(0),
             waits: AtomicBool::new(false),
+            watching: AtomicBool::new(false),
             counting: AtomicBool::new(false),
             number: AtomicU64::new(0),
             blocks: Mutex::default(),
@@ -138,24 +144,28 @@ impl Plugin {
 
     /// Gives a block that is being translated what it needs.
     fn instrument(&self, tb: Tb) {
-        let mut first = Some(length(self.qemu.block_len(tb)));
+        let watching = self.watching.load(Ordering::Relaxed);
+        let mut first = watching.then(|| length(self.qemu.block_len(tb)));
         for insn in self.qemu.instructions(tb) {
             if let Some(length) = first.take() {
                 self.qemu.on_exec(insn, on_block, Regs::Read, length);
             }
-            self.instrument_insn(insn);
+            let mut buffer = [0; 16];
+            match decode::decode(self.qemu.code(insn, &mut buffer)) {
+                Some(Op::Mark) => self.qemu.on_exec(insn, on_mark, Regs::Read, &()),
+                op if watching => self.instrument_insn(insn, op),
+                _ => {}
+            }
         }
     }
 
-    fn instrument_insn(&self, insn: Insn) {
-        let mut buffer = [0; 16];
-        match decode::decode(self.qemu.code(insn, &mut buffer)) {
+    fn instrument_insn(&self, insn: Insn, op: Option<Op>) {
+        match op {
             Some(Op::Flush(kind, mem)) => {
                 let site = self.sites.keep(&self.qemu, insn, kind, mem);
                 self.qemu.on_exec(insn, on_flush, Regs::Read, site);
             }
             Some(Op::Fence) => self.qemu.on_exec(insn, on_fence, Regs::None, &()),
-            Some(Op::Mark) => self.qemu.on_exec(insn, on_mark, Regs::Read, &()),
             Some(Op::NonTemporal) => self.qemu.on_access(insn, on_store_nt, Access::Write),
             _ => {}
         }
@@ -227,11 +237,23 @@ impl Plugin {
                 None => eprintln!("meter: whose mark this is cannot be known"),
             },
             Some(Mark::End) => self.end(),
+            Some(Mark::Watch) => self.watch(true),
+            Some(Mark::Rest) => self.watch(false),
             None => eprintln!("meter: a mark that means nothing: {code:x?}"),
         }
     }
 
+    fn watch(&self, on: bool) {
+        if self.watching.swap(on, Ordering::Relaxed) != on {
+            // Everything is translated anew.
+            self.qemu.reset(self.id, on_reset);
+        }
+    }
+
     fn begin(&self, number: u64) {
+        if !self.watching.load(Ordering::Relaxed) {
+            return eprintln!("meter: a window begins that was not announced");
+        }
         let blocks = self.blocks.lock().expect("a callback panicked");
         for block in blocks.values() {
             for counter in [&block.runs, &block.pm, &block.stored, &block.loaded] {
@@ -419,6 +441,10 @@ extern "C" fn on_translate(_: qemu::Id, tb: Tb) {
     plugin().instrument(tb);
 }
 
+extern "C" fn on_reset(id: qemu::Id) {
+    plugin().qemu.register_again(id, on_translate, on_exit);
+}
+
 extern "C" fn on_mark(_: c_uint, _: *mut c_void) {
     plugin().mark();
 }
@@ -482,7 +508,7 @@ pub unsafe extern "C" fn qemu_plugin_install(
     let info = unsafe { &*info };
     let made = args
         .map_err(|e| e.to_string())
-        .and_then(|args| Plugin::new(&args, info));
+        .and_then(|args| Plugin::new(id, &args, info));
     let plugin = match made {
         Ok(plugin) => PLUGIN.get_or_init(|| plugin),
         Err(error) => {

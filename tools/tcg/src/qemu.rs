@@ -101,6 +101,8 @@ struct MemValue {
     high: u64,
 }
 
+/// `qemu_plugin_simple_cb_t`.
+pub type SimpleCb = extern "C" fn(Id);
 /// `qemu_plugin_vcpu_simple_cb_t`.
 pub type VcpuCb = extern "C" fn(Id, c_uint);
 /// `qemu_plugin_vcpu_udata_cb_t`.
@@ -146,6 +148,8 @@ functions! {
         = c"qemu_plugin_register_vcpu_mem_cb",
     mem_get_value: unsafe extern "C" fn(u32) -> MemValue
         = c"qemu_plugin_mem_get_value",
+    reset: unsafe extern "C" fn(Id, SimpleCb)
+        = c"qemu_plugin_reset",
     tb_n_insns: unsafe extern "C" fn(Tb) -> usize
         = c"qemu_plugin_tb_n_insns",
     tb_get_insn: unsafe extern "C" fn(Tb, usize) -> Insn
@@ -233,6 +237,22 @@ impl Qemu {
         let all = u128::from(value.low) | (u128::from(value.high) << 64);
         let len = 1 << value.kind.clamp(0, 4);
         (all & (u128::MAX >> (128 - 8 * len)), len)
+    }
+
+    /// Takes all callbacks away, and what was translated with them; then `then` is called, and
+    /// may register others.
+    pub fn reset(&self, id: Id, then: SimpleCb) {
+        // SAFETY: `id` is ours; called from a callback, as QEMU allows; `then` lives on.
+        unsafe { (self.reset)(id, then) }
+    }
+
+    /// Registers the callbacks for translation and exit again, after a reset.
+    pub fn register_again(&self, id: Id, trans: TransCb, exit: ExitCb) {
+        // SAFETY: as in register().
+        unsafe {
+            (self.register_trans)(id, trans);
+            (self.register_atexit)(id, exit, ptr::null_mut());
+        }
     }
 
     /// The handles of the instructions in a block that is being translated.
