@@ -61,6 +61,9 @@ test-debug test-faults lint fuzz:
 crash:
 	@$(LAB) crash
 
+bench:
+	@tools/bench/bench $(if $(QUICK),--quick)
+
 bench-core:
 	@$(LAB) bench-core $(if $(QUICK),--quick)
 
@@ -82,6 +85,8 @@ help:
 	@echo '  make test-faults the self-tests while every 211th allocation of the module fails; with'
 	@echo '                   KERNEL=$(KERNEL)-debug on that kernel'
 	@echo '  make lint        rustfmt, clippy, checkpatch, shellcheck'
+	@echo '  make bench       what persisting received data costs, beside what people use today: counted'
+	@echo '                   instructions, and throughput (half an hour; QUICK=1: counts only, 5 minutes)'
 	@echo '  make bench-core  what the core costs, beside LMDB and RocksDB (5 minutes; QUICK=1: 10 s)'
 	@echo '  make crash       every crash state of every short history of the store; an hour'
 	@echo '  make fuzz        damaged images and random operations; MINUTES=n for each target (30)'
@@ -100,7 +105,7 @@ help:
 	@echo
 	@echo 'More: README.md, tools/lab/README.md'
 
-.PHONY: all root kernel module tools selftests docs rootfs vm demo bite torture test test-debug test-faults lint crash fuzz bench-core clean distclean help
+.PHONY: all root kernel module tools selftests docs rootfs vm demo bite torture test test-debug test-faults lint crash fuzz bench bench-core clean distclean help
 endif
 
 endif

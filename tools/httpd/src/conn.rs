@@ -134,7 +134,7 @@ impl Conn {
                 return false;
             }
             match self.state {
-                State::Head if self.view.len() == 0 => self.since = now,
+                State::Head if self.view.is_empty() => self.since = now,
                 State::Body(..) => self.since = now,
                 _ => {}
             }
@@ -213,7 +213,7 @@ impl Conn {
     ) -> Result<bool, Refusal> {
         match &mut self.state {
             State::Head => {
-                if self.view.len() == 0 {
+                if self.view.is_empty() {
                     return Ok(false);
                 }
                 let Some(head) = self.head.next(&mut self.view, store)? else {
@@ -266,7 +266,7 @@ impl Conn {
             keep_alive: head.keep_alive,
             body: Vec::new(),
         };
-        if head.expects_continue && has_body && self.view.len() == 0 {
+        if head.expects_continue && has_body && self.view.is_empty() {
             if let Ask::Refuse { refusal, .. } = request.ask {
                 // Whether the body will come after all is not known.
                 return Err(refusal);
@@ -280,7 +280,7 @@ impl Conn {
                 return Err(refusal);
             }
         };
-        if head.expects_continue && has_body && self.view.len() == 0 {
+        if head.expects_continue && has_body && self.view.is_empty() {
             self.queue.push_continue();
         }
         self.state = State::Body(request, body);

@@ -1,17 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 
-//! An HTTP key-value server whose objects are the packets that brought them.
-//!
-//! | file | noun |
-//! | --- | --- |
-//! | `view.rs` | bytes received and not yet used, where they lie in packets |
-//! | `parse.rs` | requests in them: heads and bodies |
-//! | `conn.rs` | a connection: from packets to operations and replies |
-//! | `reply.rs` | replies, and the queue that they wait in |
-//! | `store.rs` | what is needed of a store |
-//! | `server.rs` | listeners, clients, time limits, a batch: whatever drives it |
-//! | `epoll.rs` | drives it by epoll: system calls for each client, one submission a turn |
-//! | `uring.rs` | drives it by io_uring: one system call a turn |
+//! `pmskb-httpd`: the server as a program.
 
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
@@ -28,18 +17,11 @@ use anyhow::{bail, Context};
 use clap::Parser;
 use pmskb_uapi::Store;
 
-mod conn;
-mod epoll;
-#[cfg(test)]
-mod fake;
-mod parse;
-mod reply;
-mod server;
-mod store;
-mod uring;
-mod view;
-
-use server::Server;
+use pmskb_httpd::{
+    conn, epoll,
+    server::{self, Server},
+    store, uring,
+};
 
 /// Serves a pmskb store over HTTP/1.1.
 ///

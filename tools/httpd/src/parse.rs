@@ -685,7 +685,7 @@ impl BodyParser {
         memory: &(impl Memory + ?Sized),
         max: usize,
     ) -> Result<bool, Refusal> {
-        while view.len() > 0 {
+        while !view.is_empty() {
             let slice = view.front(memory);
             let slice = &slice[..slice.len().min(max + 1)];
             let end = slice.iter().position(|&b| b == b'\n');

@@ -52,8 +52,11 @@ pub trait Engine {
 
 /// A server's own part. `L` is what its engine keeps for each client.
 pub struct Server<L> {
+    /// The store.
     pub device: Device,
+    /// Where it listens.
     pub listeners: Vec<TcpListener>,
+    /// Tells it to stop.
     pub stop: UnixStream,
     /// What the clients have asked for and was not submitted yet.
     pub batch: Batch,
@@ -72,12 +75,17 @@ pub struct Server<L> {
 
 /// A client.
 pub struct Client<L> {
+    /// Its requests and replies.
     pub conn: Conn,
+    /// Its socket.
     pub stream: TcpStream,
+    /// Its address.
     pub peer: SocketAddr,
+    /// Its name, which no later client has.
     pub name: u64,
     /// It is to be closed.
     pub close: bool,
+    /// What the engine keeps.
     pub line: L,
     /// Receives have run out of frames this many times in a row.
     retries: u32,

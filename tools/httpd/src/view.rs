@@ -69,6 +69,11 @@ impl View {
         self.len
     }
 
+    /// Whether nothing is in it.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
     /// Adds a packet at the end.
     pub fn push(&mut self, packet: Packet) {
         if packet.len == 0 {
@@ -194,6 +199,12 @@ impl View {
             }
         }
         taken
+    }
+
+    /// Where in memory a piece lies.
+    pub fn memory_of(&self, piece: &Piece) -> std::ops::Range<u64> {
+        let start = self.hold(piece.serial).base + u64::from(piece.offset);
+        start..start + u64::from(piece.len)
     }
 
     /// How the store names a piece.

@@ -5,15 +5,14 @@
 //! every callback is an `extern "C"` function.
 
 use crate::args::{Args, Count, Event};
-use crate::decode::{self, FlushKind, Mem, Op, Registers, Segment};
 use crate::image;
 use crate::model::{Flush, LINE, Lose, Model};
-use crate::paging::{self, DirectMap, Walk};
-use crate::qemu::{self, Access, Insn, Look, Qemu, Register, Regs, Tb};
 use crate::region::Region;
 use crate::stats::{Counters, Report, Snapshot};
 use libc::{c_char, c_int, c_uint, c_void};
-use std::collections::HashSet;
+use pmskb_tcg::decode::{self, FlushKind, Op};
+use pmskb_tcg::qemu::{self, Access, Insn, Qemu, Regs, Tb};
+use pmskb_tcg::vcpu::{self, Handles, REGISTERS, Site, Sites, Translator};
 use std::ffi::CStr;
 use std::fs::File;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -30,33 +29,10 @@ static PLUGIN: OnceLock<Plugin> = OnceLock::new();
 /// Marks whose counters are kept; a guest that marks more often gets only these.
 const MARKS: usize = 4096;
 
-/// The registers that a flush may need: the general ones by their numbers in the
-/// encoding, then the others.
-const REGISTERS: [&str; 20] = [
-    "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13",
-    "r14", "r15", "fs_base", "gs_base", "cr3", "cr4",
-];
-const FS_BASE: usize = 16;
-const GS_BASE: usize = 17;
-const CR3: usize = 18;
-const CR4: usize = 19;
-
-/// CR4.LA57: five levels of page tables.
-const LA57: u64 = 1 << 12;
-
-/// A flush in the guest's code.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct Site {
-    kind: FlushKind,
-    mem: Mem,
-    /// The address of the next instruction, where the operand depends on it.
-    next: u64,
-}
-
 /// One virtual CPU.
 #[derive(Default)]
 struct Vcpu {
-    registers: OnceLock<[Register; REGISTERS.len()]>,
+    registers: OnceLock<Handles>,
     /// Whether something waits for this vCPU's fence. Set and cleared by that
     /// vCPU only; it spares the lock at the many fences that have nothing to do.
     waits: AtomicBool,
@@ -77,12 +53,8 @@ struct Plugin {
     size: u64,
     vcpus: Vec<Vcpu>,
     counters: Counters,
-    /// Flushes that were translated; each is kept for good, for code that was
-    /// translated may run at any time, and is kept once.
-    sites: Mutex<HashSet<&'static Site>>,
-    /// Whether the direct map was seen to be where it is taken to be, for four
-    /// and for five levels.
-    proven: [AtomicBool; 2],
+    sites: Sites,
+    translator: Translator,
     state: Mutex<State>,
 }
 
@@ -107,8 +79,8 @@ impl Plugin {
             size: region.size() as u64,
             vcpus: (0..vcpus).map(|_| Vcpu::default()).collect(),
             counters: Counters::default(),
-            sites: Mutex::default(),
-            proven: Default::default(),
+            sites: Sites::default(),
+            translator: Translator::new(args.directmap),
             state: Mutex::new(State {
                 model: Model::new(region, durable, vcpus),
                 armed,
@@ -135,11 +107,7 @@ impl Plugin {
         let mut buffer = [0; 16];
         match decode::decode(self.qemu.code(insn, &mut buffer)) {
             Some(Op::Flush(kind, mem)) => {
-                let next = match mem.base {
-                    decode::Base::Rip => self.qemu.next_address(insn),
-                    _ => 0,
-                };
-                let site = self.site(Site { kind, mem, next });
+                let site = self.sites.keep(&self.qemu, insn, kind, mem);
                 self.qemu.on_exec(insn, on_flush, Regs::Read, site);
             }
             Some(Op::Fence) => self.on_exec(insn, on_fence),
@@ -158,16 +126,6 @@ impl Plugin {
 
     fn on_exec(&self, insn: Insn, cb: qemu::ExecCb) {
         self.qemu.on_exec(insn, cb, Regs::None, &());
-    }
-
-    fn site(&self, site: Site) -> &'static Site {
-        let mut sites = self.sites.lock().expect("a callback panicked");
-        if let Some(known) = sites.get(&site) {
-            return known;
-        }
-        let kept = Box::leak(Box::new(site));
-        sites.insert(kept);
-        kept
     }
 
     fn flush(&self, cpu: usize, site: &Site) {
@@ -200,39 +158,13 @@ impl Plugin {
         let Some(registers) = self.vcpus.get(cpu).and_then(|v| v.registers.get()) else {
             return Target::Unresolved;
         };
-        let look = self.qemu.look();
-        let view = View {
-            look: &look,
-            registers,
-        };
-        let (Some(cr3), Some(cr4)) = (view.read(CR3), view.read(CR4)) else {
-            return Target::Unresolved;
-        };
-        let Some(linear) = site.mem.address(site.next, &view) else {
-            return Target::Unresolved;
-        };
-        let five = cr4 & LA57 != 0;
-        let map = DirectMap::new(five, self.args.directmap);
-        let direct = map.physical(linear);
-        let proven = &self.proven[usize::from(five)];
-        let physical = match direct {
-            Some(physical) if proven.load(Ordering::Relaxed) => physical,
-            _ => {
-                let read = |at| look.memory(map.base.wrapping_add(at));
-                match paging::walk(cr3, five, linear, read) {
-                    Walk::Mapped(physical) => {
-                        if direct == Some(physical) {
-                            proven.store(true, Ordering::Relaxed);
-                        }
-                        physical
-                    }
-                    Walk::Absent => return Target::Unmapped,
-                    Walk::Unreadable => return Target::Unresolved,
-                }
-            }
-        };
-        self.offset(physical)
-            .map_or(Target::Outside, Target::Region)
+        match self.translator.target(&self.qemu, registers, site) {
+            vcpu::Target::Physical(physical) => self
+                .offset(physical)
+                .map_or(Target::Outside, Target::Region),
+            vcpu::Target::Unmapped => Target::Unmapped,
+            vcpu::Target::Unresolved => Target::Unresolved,
+        }
     }
 
     fn fence(&self, cpu: usize) {
@@ -388,31 +320,6 @@ impl Plugin {
         }
         eprintln!("powercut: cut at {reason}: {}", damage.json());
         Ok(())
-    }
-}
-
-/// The registers of the vCPU whose callback is running.
-struct View<'a> {
-    look: &'a Look<'a>,
-    registers: &'a [Register; REGISTERS.len()],
-}
-
-impl View<'_> {
-    fn read(&self, index: usize) -> Option<u64> {
-        self.look.register(self.registers[index])
-    }
-}
-
-impl Registers for View<'_> {
-    fn general(&self, number: u8) -> Option<u64> {
-        self.read(usize::from(number))
-    }
-
-    fn segment(&self, segment: Segment) -> Option<u64> {
-        self.read(match segment {
-            Segment::Fs => FS_BASE,
-            Segment::Gs => GS_BASE,
-        })
     }
 }
 

@@ -224,6 +224,13 @@ pub fn set_rx_mode(socket: BorrowedFd<'_>, mode: RxMode) -> Result<()> {
     })
 }
 
+/// Has the module make a log record of all that the socket receives, before anybody gets it.
+pub fn set_auto_persist(socket: BorrowedFd<'_>, on: bool) -> Result<()> {
+    // SAFETY: a __u32.
+    unsafe { set_one(socket, sys::PMSKB_AUTO_PERSIST, &u32::from(on)) }
+        .map_err(|e| Error::new("cannot have what the socket receives persisted", e, &[]))
+}
+
 /// The socket's counters.
 pub fn info(socket: BorrowedFd<'_>) -> Result<sys::pmskb_sock_info> {
     let mut info = sys::pmskb_sock_info::default();

@@ -93,6 +93,16 @@ unsafe impl Send for Register {}
 // SAFETY: as above.
 unsafe impl Sync for Register {}
 
+/// `qemu_plugin_mem_value`.
+#[repr(C)]
+struct MemValue {
+    kind: c_int,
+    low: u64,
+    high: u64,
+}
+
+/// `qemu_plugin_simple_cb_t`.
+pub type SimpleCb = extern "C" fn(Id);
 /// `qemu_plugin_vcpu_simple_cb_t`.
 pub type VcpuCb = extern "C" fn(Id, c_uint);
 /// `qemu_plugin_vcpu_udata_cb_t`.
@@ -136,6 +146,10 @@ functions! {
         = c"qemu_plugin_register_vcpu_insn_exec_cb",
     register_mem: unsafe extern "C" fn(Insn, MemCb, Regs, Access, *mut c_void)
         = c"qemu_plugin_register_vcpu_mem_cb",
+    mem_get_value: unsafe extern "C" fn(u32) -> MemValue
+        = c"qemu_plugin_mem_get_value",
+    reset: unsafe extern "C" fn(Id, SimpleCb)
+        = c"qemu_plugin_reset",
     tb_n_insns: unsafe extern "C" fn(Tb) -> usize
         = c"qemu_plugin_tb_n_insns",
     tb_get_insn: unsafe extern "C" fn(Tb, usize) -> Insn
@@ -204,6 +218,43 @@ impl Qemu {
         }
     }
 
+    /// How many instructions a block has that is being translated.
+    pub fn block_len(&self, tb: Tb) -> usize {
+        // SAFETY: `tb` comes from the translation callback that is running.
+        unsafe { (self.tb_n_insns)(tb) }
+    }
+
+    /// Whether an access is a store.
+    pub fn is_store(&self, info: u32) -> bool {
+        // SAFETY: `info` is as the running memory callback got it.
+        unsafe { (self.mem_is_store)(info) }
+    }
+
+    /// The value that an access moved, and its length in bytes.
+    pub fn value(&self, info: u32) -> (u128, usize) {
+        // SAFETY: `info` is as the running memory callback got it.
+        let value = unsafe { (self.mem_get_value)(info) };
+        let all = u128::from(value.low) | (u128::from(value.high) << 64);
+        let len = 1 << value.kind.clamp(0, 4);
+        (all & (u128::MAX >> (128 - 8 * len)), len)
+    }
+
+    /// Takes all callbacks away, and what was translated with them; then `then` is called, and
+    /// may register others.
+    pub fn reset(&self, id: Id, then: SimpleCb) {
+        // SAFETY: `id` is ours; called from a callback, as QEMU allows; `then` lives on.
+        unsafe { (self.reset)(id, then) }
+    }
+
+    /// Registers the callbacks for translation and exit again, after a reset.
+    pub fn register_again(&self, id: Id, trans: TransCb, exit: ExitCb) {
+        // SAFETY: as in register().
+        unsafe {
+            (self.register_trans)(id, trans);
+            (self.register_atexit)(id, exit, ptr::null_mut());
+        }
+    }
+
     /// The handles of the instructions in a block that is being translated.
     pub fn instructions(&self, tb: Tb) -> impl Iterator<Item = Insn> + '_ {
         // SAFETY: `tb` comes from the translation callback that is running, and
@@ -239,6 +290,13 @@ impl Qemu {
     pub fn on_access(&self, insn: Insn, cb: MemCb, access: Access) {
         // SAFETY: as in on_exec().
         unsafe { (self.register_mem)(insn, cb, Regs::None, access, ptr::null_mut()) }
+    }
+
+    /// The same, with a pointer to `data`, to read only.
+    pub fn on_access_with<T: Sync>(&self, insn: Insn, cb: MemCb, access: Access, data: &'static T) {
+        let data = ptr::from_ref(data).cast_mut().cast();
+        // SAFETY: as in on_exec().
+        unsafe { (self.register_mem)(insn, cb, Regs::None, access, data) }
     }
 
     /// What a memory callback is about; `None` if it is not RAM.
@@ -285,6 +343,12 @@ impl Qemu {
         }
     }
 
+    /// Memory for a [`Look`] that is made often.
+    pub fn glass(&self) -> Glass {
+        // SAFETY: allocates, and aborts where it cannot.
+        Glass(unsafe { (self.bytes_new)() })
+    }
+
     /// Begins to look at the state of the vCPU whose callback is running, which
     /// must have been registered with [`Regs::Read`].
     pub fn look(&self) -> Look<'_> {
@@ -293,6 +357,24 @@ impl Qemu {
             // SAFETY: allocates, and aborts where it cannot.
             bytes: unsafe { (self.bytes_new)() },
         }
+    }
+}
+
+/// Memory that a register is read into; kept for good.
+pub struct Glass(*mut GArray);
+
+// SAFETY: the array belongs to whoever has the value; it is of no thread.
+unsafe impl Send for Glass {}
+
+impl Glass {
+    /// A register's 64 bits, as [`Look::register`] has them, in a callback that was registered
+    /// with [`Regs::Read`].
+    pub fn register(&mut self, qemu: &Qemu, register: Register) -> Option<u64> {
+        let look = std::mem::ManuallyDrop::new(Look {
+            qemu,
+            bytes: self.0,
+        });
+        look.register(register)
     }
 }
 

@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: GPL-2.0-only
+//! The plugin's arguments.
+
+use std::path::PathBuf;
+
+/// All arguments.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Args {
+    /// The windows' files: this, the window's number and `.json`.
+    pub out: PathBuf,
+    /// The guest-physical address at which the persistent memory begins.
+    pub base: u64,
+    /// Its length.
+    pub size: u64,
+    /// The byte that payload is made of.
+    pub fill: Option<u8>,
+    /// Which accesses are looked at.
+    pub memory: Accesses,
+}
+
+/// Which accesses to memory are looked at: the more, the slower.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Accesses {
+    /// Loads and stores.
+    All,
+    /// Stores.
+    Stores,
+    /// None: what is counted is instructions, flushes and fences.
+    None,
+}
+
+impl Args {
+    /// Parses the arguments as QEMU hands them over, each `key=value`.
+    pub fn parse<'a>(args: impl IntoIterator<Item = &'a str>) -> Result<Self, String> {
+        let mut out = None;
+        let mut parsed = Self {
+            out: PathBuf::new(),
+            base: 1 << 32,
+            size: 256 << 20,
+            fill: None,
+            memory: Accesses::All,
+        };
+        let mut seen: Vec<&str> = Vec::new();
+        for arg in args {
+            let (key, value) = arg
+                .split_once('=')
+                .ok_or_else(|| format!("{arg}: not of the form key=value"))?;
+            if seen.contains(&key) {
+                return Err(format!("{key}= is given twice"));
+            }
+            seen.push(key);
+            let bad = || format!("{key}={value}: not a number that fits");
+            let number = || number(value).ok_or_else(bad);
+            match key {
+                "out" if !value.is_empty() => out = Some(PathBuf::from(value)),
+                "base" => parsed.base = number()?,
+                "size" => parsed.size = number()?,
+                "fill" => parsed.fill = Some(number()?.try_into().map_err(|_| bad())?),
+                "memory" => {
+                    parsed.memory = match value {
+                        "all" => Accesses::All,
+                        "stores" => Accesses::Stores,
+                        "none" => Accesses::None,
+                        _ => return Err(format!("memory={value}: all, stores or none")),
+                    }
+                }
+                _ => return Err(format!("{key}= is unknown, or empty")),
+            }
+        }
+        parsed.out = out.ok_or("out=PREFIX, where windows are written, is missing")?;
+        if (parsed.base | parsed.size) % 64 != 0 || parsed.size == 0 {
+            return Err("the persistent memory is not whole cache lines".into());
+        }
+        Ok(parsed)
+    }
+}
+
+/// A number, decimal or with 0x, and with K, M or G.
+fn number(value: &str) -> Option<u64> {
+    let (digits, shift) = match value.as_bytes().last()? {
+        b'K' => (&value[..value.len() - 1], 10),
+        b'M' => (&value[..value.len() - 1], 20),
+        b'G' => (&value[..value.len() - 1], 30),
+        _ => (value, 0),
+    };
+    let n = match digits.strip_prefix("0x") {
+        Some(hex) => u64::from_str_radix(hex, 16),
+        None => digits.parse(),
+    };
+    n.ok()?.checked_mul(1 << shift)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(line: &str) -> Result<Args, String> {
+        Args::parse(line.split(','))
+    }
+
+    #[test]
+    fn all_of_them() {
+        let a = parse("out=/x/w,base=0x200000000,size=512M,fill=0x7e,memory=stores").unwrap();
+        assert_eq!((a.base, a.size), (2 << 32, 512 << 20));
+        assert_eq!((a.fill, a.memory), (Some(0x7e), Accesses::Stores));
+        let a = parse("out=w").unwrap();
+        assert_eq!((a.base, a.fill), (1 << 32, None));
+        assert_eq!(a.memory, Accesses::All);
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        for (line, says) in [
+            ("size=1M", "out=PREFIX"),
+            ("out=", "out="),
+            ("out=w,out=w", "twice"),
+            ("out=w,fill=300", "fill=300"),
+            ("out=w,size=-1", "size=-1"),
+            ("out=w,size=0", "whole cache lines"),
+            ("out=w,base=33", "whole cache lines"),
+            ("out=w,size=20000000000000G", "not a number"),
+            ("out=w,memory=some", "memory=some"),
+            ("out=w,stray", "stray"),
+            ("out=w,pm=x", "pm= is unknown"),
+        ] {
+            let error = parse(line).unwrap_err();
+            assert!(error.contains(says), "{line}: {error}");
+        }
+    }
+}

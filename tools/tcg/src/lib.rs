@@ -1,0 +1,17 @@
+// SPDX-License-Identifier: GPL-2.0-only
+//! What this project's TCG plugins share.
+//!
+//! | file | noun |
+//! | --- | --- |
+//! | `qemu.rs` | QEMU's plugin API; the only module that talks to it |
+//! | `decode.rs` | the instructions that matter for persistence |
+//! | `paging.rs` | the guest's page tables |
+//! | `vcpu.rs` | a virtual CPU's registers, and where its write-backs lead |
+
+#![deny(unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks)]
+#![warn(missing_docs)]
+
+pub mod decode;
+pub mod paging;
+pub mod qemu;
+pub mod vcpu;
