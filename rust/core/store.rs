@@ -835,10 +835,10 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
     }
 
     /// Whoever had the frame before may have known the salt, and guessed the rest of a nonce: what
-    /// looks like a record in a frame that has none yet is made to look like nothing, durably
-    /// before the frame counts. It has no holds to give back.
+    /// looks like a record in a frame that has none yet is made to look like nothing, durably with
+    /// the next fence. It has no holds to give back. (If the power goes before that fence it may
+    /// count at recovery, and then has holds.)
     pub(super) fn blank(&mut self, frame: Frame) -> Result<()> {
-        let mut any = false;
         for line in 1..LINES {
             let off = frame.off() + line * LINE_SIZE;
             let mut word = [0; 8];
@@ -848,11 +848,7 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
             if looks && !broken!("forged_records") {
                 self.pm.store(off, 0)?;
                 self.flush(off, 8)?;
-                any = true;
             }
-        }
-        if any {
-            self.fence();
         }
         Ok(())
     }
