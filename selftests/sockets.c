@@ -427,7 +427,8 @@ TEST_F_TIMEOUT(sockets, pages_that_are_mapped_on_receive_stay_what_they_are, 120
 	mapped = zerocopy_receive(self->c.s, map, LEN, 23, 0);
 	ASSERT_LE(0, mapped) TH_LOG("%s", strerror(-mapped));
 	EXPECT_EQ(0, mapped % 4096);
-	if (variant->link != LINK_PLAIN && attaches(variant->how)) {
+	/* On a slow machine none may be as long as a page. */
+	if (variant->link != LINK_PLAIN && attaches(variant->how) && slowness() == 1) {
 		EXPECT_LT(0, mapped) TH_LOG("no frame was mapped");
 	}
 	if (!mapped) {
