@@ -69,7 +69,8 @@ pub(crate) struct Own {
     /// With auto-persist, of TCP: the sequence number up to which there are records, if there are
     /// any.
     pub(crate) logged: Option<u32>,
-    /// Of UDP: the last datagram that has a record. While it is in the queue, so have those before.
+    /// Of UDP: the last datagram that was looked at. While it is in the queue, it and those before
+    /// have a record, if their checksum is right.
     pub(crate) recorded: Option<Kept>,
     /// Of those that came as one packet and come next, how many have.
     pub(crate) begun: Option<(Kept, usize)>,

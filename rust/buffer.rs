@@ -170,7 +170,8 @@ impl Buffer {
     /// Seals the pages of some ranges, byte offset and length, for a put that keeps them or not,
     /// and removes them from all mappings. `file` is the buffer's. Process context, sleeps.
     ///
-    /// `EINVAL` for a range that is not within the buffer, `E2BIG` for more than `most` pages, `ESTALE` if a page of it is gone, `EAGAIN` if too many puts of a page are in flight, `ENOMEM`.
+    /// `EINVAL` for a range that is not within the buffer, `E2BIG` for more than `most` pages,
+    /// `ESTALE` if a page of it is gone, `EAGAIN` if too many puts of a page are in flight, `ENOMEM`.
     pub(crate) fn seal(
         self: &Arc<Self>,
         file: &LocalFile,

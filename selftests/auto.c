@@ -45,11 +45,6 @@ FIXTURE_VARIANT_ADD(automatic, v4_pmem_lo) { AF_INET, DEV_PMEM, LINK_LO, HOW_ACC
 FIXTURE_VARIANT_ADD(automatic, v6_dax_veth) { AF_INET6, DEV_DAX, LINK_VETH, HOW_LISTENER_IOCTL };
 FIXTURE_VARIANT_ADD(automatic, v4_pmem_noffload) { AF_INET, DEV_PMEM, LINK_PLAIN, HOW_LISTENER_OPT };
 
-static int set_auto(int fd, uint32_t on)
-{
-	return ERRNO(setsockopt(fd, SOL_PMSKB, PMSKB_AUTO_PERSIST, &on, sizeof(on)));
-}
-
 static int get_auto(int fd)
 {
 	uint32_t on = 99;
@@ -203,24 +198,6 @@ static int64_t logged_of(struct __test_metadata *_metadata, const struct store *
 
 #define LOGGED() logged_of(_metadata, &self->s, &self->local, &self->peer, NULL)
 #define RECORDS() ({ int nr_; logged_of(_metadata, &self->s, &self->local, &self->peer, &nr_); nr_; })
-
-/* Without looking at what they are. */
-static uint64_t logged_bytes(int fd)
-{
-	struct pmskb_sock_info i;
-
-	return sock_info(fd, &i) ? 0 : i.counters.logged_bytes;
-}
-
-/* Waits for the log to have so many bytes. */
-static bool comes_to(int fd, uint64_t bytes)
-{
-	int i;
-
-	for (i = 0; i < 3000 * slowness() && logged_bytes(fd) < bytes; i++)
-		usleep(1000);
-	return logged_bytes(fd) == bytes;
-}
 
 /* Sends len bytes of the stream, which is at pos. */
 static void put(struct __test_metadata *_metadata, int fd, size_t pos, size_t len)

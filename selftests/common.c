@@ -572,6 +572,27 @@ int sock_info(int fd, struct pmskb_sock_info *info)
 	return len == sizeof(*info) ? 0 : -EMSGSIZE;
 }
 
+int set_auto(int fd, uint32_t on)
+{
+	return setsockopt(fd, SOL_PMSKB, PMSKB_AUTO_PERSIST, &on, sizeof(on)) ? errno : 0;
+}
+
+uint64_t logged_bytes(int fd)
+{
+	struct pmskb_sock_info i;
+
+	return sock_info(fd, &i) ? 0 : i.counters.logged_bytes;
+}
+
+bool comes_to(int fd, uint64_t bytes)
+{
+	int i;
+
+	for (i = 0; i < 3000 * slowness() && logged_bytes(fd) < bytes; i++)
+		usleep(1000);
+	return logged_bytes(fd) == bytes;
+}
+
 int timeout_set(int fd, int ms)
 {
 	struct timeval tv = { ms / 1000, ms % 1000 * 1000 };

@@ -162,6 +162,12 @@ int sock_attach_opt(int fd, int store_fd);
 int sock_attach_ioctl(int fd, int store_fd);
 int sock_mode(int fd, uint32_t mode);
 int sock_info(int fd, struct pmskb_sock_info *info);
+/* PMSKB_AUTO_PERSIST; 0 or an errno. */
+int set_auto(int fd, uint32_t on);
+/* Bytes that auto-persist has made records of. */
+uint64_t logged_bytes(int fd);
+/* Waits for the log to have so many bytes, and no more. */
+bool comes_to(int fd, uint64_t bytes);
 int conn_make(struct conn *c, const struct net *net, int store_fd, enum how how);
 void conn_close(struct conn *c);
 int timeout_set(int fd, int ms);

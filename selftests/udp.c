@@ -809,28 +809,6 @@ TEST_F(udp, a_record_has_the_datagrams_bytes_sum_time_and_source)
 
 /* ---- auto-persist ---- */
 
-static int set_auto(int fd, uint32_t on)
-{
-	return ERRNO(setsockopt(fd, SOL_PMSKB, PMSKB_AUTO_PERSIST, &on, sizeof(on)));
-}
-
-static uint64_t logged_bytes(int fd)
-{
-	struct pmskb_sock_info i;
-
-	return sock_info(fd, &i) ? 0 : i.counters.logged_bytes;
-}
-
-/* Waits until the log has so many bytes. */
-static bool comes_to(int fd, uint64_t bytes)
-{
-	int i;
-
-	for (i = 0; i < 3000 * slowness() && logged_bytes(fd) < bytes; i++)
-		usleep(1000);
-	return logged_bytes(fd) == bytes;
-}
-
 struct logged {
 	struct __test_metadata *_metadata;
 	const struct pair *p;
@@ -1877,30 +1855,41 @@ TEST_F(dgram, that_a_path_has_another_mtu_is_told_before_datagrams)
 	pair_close(&p);
 }
 
-TEST_F(dgram, a_datagram_for_several_sockets_reaches_each)
+/* Two attached sockets of a multicast group; the one that sends to it is the answer. */
+static int join(struct __test_metadata *_metadata, const struct store *store, int s[2], struct sockaddr_in *group)
 {
-	struct sockaddr_in group = { .sin_family = AF_INET, .sin_port = 0 };
-	struct ip_mreqn member = {};
-	int s[2], c, one = 1, i;
-	socklen_t len = sizeof(group);
-	struct got g;
+	struct ip_mreqn member = { .imr_ifindex = 1 };
+	socklen_t len = sizeof(*group);
+	int c, one = 1, i;
 
-	inet_pton(AF_INET, "239.7.7.7", &group.sin_addr);
+	*group = (struct sockaddr_in) { .sin_family = AF_INET };
+	inet_pton(AF_INET, "239.7.7.7", &group->sin_addr);
 	inet_pton(AF_INET, "127.0.0.1", &member.imr_address);
-	member.imr_multiaddr = group.sin_addr;
-	member.imr_ifindex = 1;
+	member.imr_multiaddr = group->sin_addr;
 	for (i = 0; i < 2; i++) {
 		s[i] = socket(AF_INET, SOCK_DGRAM, 0);
-		ASSERT_EQ(0, setsockopt(s[i], SOL_SOCKET, SO_REUSEADDR, &one, sizeof(one)));
-		ASSERT_EQ(0, bind(s[i], (void *)&group, sizeof(group)));
-		ASSERT_EQ(0, getsockname(s[i], (void *)&group, &len));
-		ASSERT_EQ(0, setsockopt(s[i], IPPROTO_IP, IP_ADD_MEMBERSHIP, &member, sizeof(member)));
-		ASSERT_EQ(0, sock_attach_ioctl(s[i], self->s.fd));
+		EXPECT_EQ(0, setsockopt(s[i], SOL_SOCKET, SO_REUSEADDR, &one, sizeof(one)));
+		EXPECT_EQ(0, bind(s[i], (void *)group, sizeof(*group)));
+		EXPECT_EQ(0, getsockname(s[i], (void *)group, &len));
+		EXPECT_EQ(0, setsockopt(s[i], IPPROTO_IP, IP_ADD_MEMBERSHIP, &member, sizeof(member)));
+		EXPECT_EQ(0, sock_attach_ioctl(s[i], store->fd));
+	}
+	c = socket(AF_INET, SOCK_DGRAM, 0);
+	EXPECT_EQ(0, setsockopt(c, IPPROTO_IP, IP_MULTICAST_IF, &member, sizeof(member)));
+	return c;
+}
+
+TEST_F(dgram, a_datagram_for_several_sockets_reaches_each)
+{
+	struct sockaddr_in group;
+	int s[2], c, i;
+	struct got g;
+
+	c = join(_metadata, &self->s, s, &group);
+	for (i = 0; i < 2; i++) {
 		ASSERT_EQ(0, sock_mode(s[i], PMSKB_RX_DESC));
 		timeout_set(s[i], 5000 * slowness());
 	}
-	c = socket(AF_INET, SOCK_DGRAM, 0);
-	ASSERT_EQ(0, setsockopt(c, IPPROTO_IP, IP_MULTICAST_IF, &member, sizeof(member)));
 	ASSERT_EQ(8, sendto(c, "everyone", 8, 0, (void *)&group, sizeof(group)));
 	for (i = 0; i < 2; i++) {
 		ASSERT_EQ(8, get(s[i], &g, 0));
@@ -1915,27 +1904,15 @@ TEST_F(dgram, a_datagram_for_several_sockets_reaches_each)
 
 TEST_F(dgram, with_auto_persist_what_is_for_several_sockets_has_a_record_of_each)
 {
-	struct sockaddr_in group = { .sin_family = AF_INET, .sin_port = 0 };
-	struct ip_mreqn member = {};
-	int s[2], c, one = 1, i;
-	socklen_t len = sizeof(group);
+	struct sockaddr_in group;
 	struct pair p = { -1, -1 };
+	socklen_t len;
+	int s[2], c, i;
 
-	inet_pton(AF_INET, "239.7.7.8", &group.sin_addr);
-	inet_pton(AF_INET, "127.0.0.1", &member.imr_address);
-	member.imr_multiaddr = group.sin_addr;
-	member.imr_ifindex = 1;
+	c = join(_metadata, &self->s, s, &group);
 	for (i = 0; i < 2; i++) {
-		s[i] = socket(AF_INET, SOCK_DGRAM, 0);
-		ASSERT_EQ(0, setsockopt(s[i], SOL_SOCKET, SO_REUSEADDR, &one, sizeof(one)));
-		ASSERT_EQ(0, bind(s[i], (void *)&group, sizeof(group)));
-		ASSERT_EQ(0, getsockname(s[i], (void *)&group, &len));
-		ASSERT_EQ(0, setsockopt(s[i], IPPROTO_IP, IP_ADD_MEMBERSHIP, &member, sizeof(member)));
-		ASSERT_EQ(0, sock_attach_ioctl(s[i], self->s.fd));
 		ASSERT_EQ(0, set_auto(s[i], 1));
 	}
-	c = socket(AF_INET, SOCK_DGRAM, 0);
-	ASSERT_EQ(0, setsockopt(c, IPPROTO_IP, IP_MULTICAST_IF, &member, sizeof(member)));
 	usleep(50000);
 	ASSERT_EQ(8, sendto(c, "everyone", 8, 0, (void *)&group, sizeof(group)));
 	/* Nobody reads; and no hook has seen whose they are. */

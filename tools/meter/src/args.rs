@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 //! The plugin's arguments.
 
+use pmskb_tcg::args::number;
 use std::path::PathBuf;
 
 /// All arguments.
@@ -73,21 +74,6 @@ impl Args {
         }
         Ok(parsed)
     }
-}
-
-/// A number, decimal or with 0x, and with K, M or G.
-fn number(value: &str) -> Option<u64> {
-    let (digits, shift) = match value.as_bytes().last()? {
-        b'K' => (&value[..value.len() - 1], 10),
-        b'M' => (&value[..value.len() - 1], 20),
-        b'G' => (&value[..value.len() - 1], 30),
-        _ => (value, 0),
-    };
-    let n = match digits.strip_prefix("0x") {
-        Some(hex) => u64::from_str_radix(hex, 16),
-        None => digits.parse(),
-    };
-    n.ok()?.checked_mul(1 << shift)
 }
 
 #[cfg(test)]

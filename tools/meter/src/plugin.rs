@@ -25,7 +25,6 @@ use pmskb_tcg::vcpu::{
     GS_BASE, Handles, K_GS_BASE, RAX, REGISTERS, RIP, Site, Sites, Target, Translator,
 };
 use std::collections::HashMap;
-use std::ffi::CStr;
 use std::fs;
 use std::io::Write;
 use std::path::PathBuf;
@@ -496,19 +495,11 @@ pub unsafe extern "C" fn qemu_plugin_install(
     argc: c_int,
     argv: *const *const c_char,
 ) -> c_int {
-    let count = usize::try_from(argc).unwrap_or(0);
-    let args: Result<Vec<&str>, _> = (0..count)
-        .map(|i| {
-            // SAFETY: the caller's promise.
-            let arg = unsafe { CStr::from_ptr(*argv.add(i)) };
-            arg.to_str()
-        })
-        .collect();
+    // SAFETY: QEMU's strings, which it keeps.
+    let args = unsafe { pmskb_tcg::args::strings(argc, argv) };
     // SAFETY: the caller's promise.
     let info = unsafe { &*info };
-    let made = args
-        .map_err(|e| e.to_string())
-        .and_then(|args| Plugin::new(id, &args, info));
+    let made = args.and_then(|args| Plugin::new(id, &args, info));
     let plugin = match made {
         Ok(plugin) => PLUGIN.get_or_init(|| plugin),
         Err(error) => {

@@ -2,6 +2,7 @@
 //! The plugin's arguments.
 
 use crate::model::{LINE, Lose};
+use pmskb_tcg::args;
 use std::path::PathBuf;
 
 /// A kind of event that a cut can wait for.
@@ -202,21 +203,8 @@ fn path(key: &str, value: &str) -> Result<PathBuf, String> {
     Ok(PathBuf::from(value))
 }
 
-/// A number, decimal or with 0x, and with K, M or G.
 fn number(key: &str, value: &str) -> Result<u64, String> {
-    let bad = || format!("{key}={value}: not a number");
-    let (digits, shift) = match value.as_bytes().last() {
-        Some(b'K') => (&value[..value.len() - 1], 10),
-        Some(b'M') => (&value[..value.len() - 1], 20),
-        Some(b'G') => (&value[..value.len() - 1], 30),
-        _ => (value, 0),
-    };
-    let n = match digits.strip_prefix("0x") {
-        Some(hex) => u64::from_str_radix(hex, 16),
-        None => digits.parse(),
-    }
-    .map_err(|_| bad())?;
-    n.checked_mul(1 << shift).ok_or_else(bad)
+    args::number(value).ok_or_else(|| format!("{key}={value}: not a number"))
 }
 
 #[cfg(test)]

@@ -13,7 +13,6 @@ use libc::{c_char, c_int, c_uint, c_void};
 use pmskb_tcg::decode::{self, FlushKind, Op};
 use pmskb_tcg::qemu::{self, Access, Insn, Qemu, Regs, Tb};
 use pmskb_tcg::vcpu::{self, Handles, REGISTERS, Site, Sites, Translator};
-use std::ffi::CStr;
 use std::fs::File;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock};
@@ -409,19 +408,11 @@ pub unsafe extern "C" fn qemu_plugin_install(
     argc: c_int,
     argv: *const *const c_char,
 ) -> c_int {
-    let count = usize::try_from(argc).unwrap_or(0);
-    let args: Result<Vec<&str>, _> = (0..count)
-        .map(|i| {
-            // SAFETY: the caller's promise.
-            let arg = unsafe { CStr::from_ptr(*argv.add(i)) };
-            arg.to_str()
-        })
-        .collect();
+    // SAFETY: QEMU's strings, which it keeps.
+    let args = unsafe { pmskb_tcg::args::strings(argc, argv) };
     // SAFETY: the caller's promise.
     let info = unsafe { &*info };
-    let made = args
-        .map_err(|e| e.to_string())
-        .and_then(|args| Plugin::new(&args, info));
+    let made = args.and_then(|args| Plugin::new(&args, info));
     let plugin = match made {
         Ok(plugin) => PLUGIN.get_or_init(|| plugin),
         Err(error) => {

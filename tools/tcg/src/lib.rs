@@ -3,6 +3,7 @@
 //!
 //! | file | noun |
 //! | --- | --- |
+//! | `args.rs` | what a plugin is told on QEMU's command line |
 //! | `qemu.rs` | QEMU's plugin API; the only module that talks to it |
 //! | `decode.rs` | the instructions that matter for persistence |
 //! | `paging.rs` | the guest's page tables |
@@ -11,6 +12,7 @@
 #![deny(unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks)]
 #![warn(missing_docs)]
 
+pub mod args;
 pub mod decode;
 pub mod paging;
 pub mod qemu;
