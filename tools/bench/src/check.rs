@@ -11,7 +11,7 @@ pub struct Args {
     /// What a counted run left
     #[arg(long, value_name = "DIRECTORY")]
     counted: PathBuf,
-    /// Where the programs and libraries of the guest are here; may be repeated
+    /// Where the libraries of the guest are here; may be repeated
     #[arg(long, value_name = "DIRECTORY")]
     files: Vec<PathBuf>,
 }

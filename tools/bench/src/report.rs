@@ -22,7 +22,7 @@ pub struct Args {
     /// What timed runs left
     #[arg(long, value_name = "DIRECTORY")]
     timed: Vec<PathBuf>,
-    /// Where the programs and libraries of the guest are here; may be repeated
+    /// Where the libraries of the guest are here; may be repeated
     #[arg(long, value_name = "DIRECTORY")]
     files: Vec<PathBuf>,
     /// A line about the machine and what ran on it
@@ -180,6 +180,9 @@ fn placed(directory: &Path, number: u64) -> Result<Option<[u64; 3]>> {
 /// What a counted run left.
 pub fn read_counted(directory: &Path, files: &[PathBuf]) -> Result<Vec<Point>> {
     let kallsyms = read(&directory.join("kallsyms"))?;
+    // The programs as they were when they were measured.
+    let mut places = vec![directory.join("programs")];
+    places.extend_from_slice(files);
     let mut symbols: HashMap<String, Symbols> = HashMap::new();
     let mut points = Vec::new();
     for line in read(&directory.join("windows"))?.lines() {
@@ -189,7 +192,7 @@ pub fn read_counted(directory: &Path, files: &[PathBuf]) -> Result<Vec<Point>> {
             .with_context(|| format!("{} is not a window", path.display()))?;
         if !symbols.contains_key(&words.contender) {
             let maps = read(&directory.join(format!("maps-{}", words.contender)))?;
-            let found = Symbols::new(&kallsyms, &maps, files)?;
+            let found = Symbols::new(&kallsyms, &maps, &places)?;
             symbols.insert(words.contender.clone(), found);
         }
         let tally = Tally::new(&window, &symbols[&words.contender]);
