@@ -29,6 +29,10 @@
 
 use crate::{bindings as ext, pm};
 use core::ptr::{self, NonNull};
+// Programs map the region and use its words, so these are Rust's atomics, which are C11's, and not
+// the kernel's, which only the kernel knows. (And the kernel's are calls: there are some fifty loads
+// to a put.)
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use kernel::{
     bindings,
     error::to_result,
@@ -255,10 +259,8 @@ pub(crate) struct Region {
     /// The pages of the data area, if they are known yet: first, and the one after the last.
     data: SetOnce<(u32, u32)>,
     gone: AtomicFlag,
-    /// Any of `bad`.
-    any_bad: AtomicFlag,
-    /// `gone`, or any of `hit`: what is touched must be looked at.
-    trouble: AtomicFlag,
+    /// `gone`, or any of `bad`: what is touched must be looked at first.
+    trouble: AtomicBool,
     closed: AtomicFlag,
     lines: Atomic<u64>,
     fences: Atomic<u64>,
@@ -659,8 +661,7 @@ impl Region {
             hit,
             data: SetOnce::new(),
             gone: AtomicFlag::new(false),
-            any_bad: AtomicFlag::new(any_bad),
-            trouble: AtomicFlag::new(false),
+            trouble: AtomicBool::new(any_bad),
             closed: AtomicFlag::new(false),
             lines: Atomic::new(0),
             fences: Atomic::new(0),
@@ -691,15 +692,14 @@ impl Region {
     /// Whether a page has a media error. Any context.
     #[inline]
     pub(crate) fn is_bad(&self, page: u32) -> bool {
-        self.any_bad.load(Relaxed) && bit(&self.bad, page)
+        self.trouble() && bit(&self.bad, page)
     }
 
     /// A page has a media error, from now on. Any context; not two at once.
     pub(crate) fn set_bad(&self, page: u32) {
         set_bit(&self.bad, page);
         set_bit(&self.hit, page);
-        self.any_bad.store(true, ordering::Release);
-        self.trouble.store(true, ordering::Release);
+        self.trouble.store(true, Ordering::Release);
     }
 
     /// Which pages are the data area's. Of these the module does not touch any more what is hit by
@@ -750,7 +750,12 @@ impl Region {
     /// The memory is about to go: every access fails from now on.
     pub(crate) fn set_gone(&self) {
         self.gone.store(true, Relaxed);
-        self.trouble.store(true, ordering::Release);
+        self.trouble.store(true, Ordering::Release);
+    }
+
+    #[inline]
+    fn trouble(&self) -> bool {
+        self.trouble.load(Ordering::Relaxed)
     }
 
     /// Whether bytes may be touched, in a region where not all may.
@@ -777,21 +782,44 @@ impl Region {
         if end > self.len {
             return Err(pm::Error::Invalid);
         }
-        if self.trouble.load(Relaxed) {
+        if self.trouble() {
             self.check(off, end)?;
         }
         Ok(self.base.as_ptr().wrapping_add(off))
     }
 
+    /// Reads 8 bytes where an error is known, so that a load of them does no harm.
+    #[cold]
+    fn try_word(&self, off: u64) -> pm::Result<()> {
+        match self.is_bad((off >> PAGE_SHIFT) as u32) {
+            true => pm::Pmem::read(self, off, &mut [0; 8]),
+            false => Ok(()),
+        }
+    }
+
     /// The 8 bytes at `off`, as an atomic.
-    fn word(&self, off: u64) -> pm::Result<&Atomic<u64>> {
+    #[inline(always)]
+    fn word(&self, off: u64) -> pm::Result<&AtomicU64> {
+        if off % 8 != 0 || off >= self.len as u64 {
+            return Err(pm::Error::Invalid);
+        }
+        if self.trouble() {
+            self.range(off, 8)?;
+        }
+        // SAFETY: In the mapping, whose length is a multiple of 8, aligned (it starts at a page),
+        // and accessed as an atomic by all who share it.
+        Ok(unsafe { AtomicU64::from_ptr(self.base.as_ptr().add(off as usize).cast()) })
+    }
+
+    /// So many words from `off`, as atomics.
+    fn words(&self, off: u64, count: usize) -> pm::Result<&[AtomicU64]> {
+        let len = count.checked_mul(8).ok_or(pm::Error::Invalid)?;
         if off % 8 != 0 {
             return Err(pm::Error::Invalid);
         }
-        let addr = self.range(off, 8)?;
-        // SAFETY: In the mapping, aligned (it starts at a page), and accessed as an atomic by all
-        // who share it.
-        Ok(unsafe { Atomic::from_ptr(addr.cast()) })
+        let addr = self.range(off, len)?;
+        // SAFETY: As in `word()`.
+        Ok(unsafe { core::slice::from_raw_parts(addr.cast(), count) })
     }
 }
 
@@ -839,11 +867,12 @@ impl pm::Pmem for Region {
     // A plain load, and not `copy_mc_to_kernel()`: that may copy byte by byte, and the core wants
     // the 8 bytes of one instant. A machine check here is fatal, as in any kernel memory; so where
     // an error is known, a copy goes first.
+    #[inline(always)]
     fn load(&self, off: u64) -> pm::Result<u64> {
-        if self.is_bad((off >> PAGE_SHIFT) as u32) {
-            self.read(off, &mut [0; 8])?;
+        if self.trouble() {
+            self.try_word(off)?;
         }
-        Ok(u64::from_le(self.word(off)?.load(ordering::Acquire)))
+        Ok(u64::from_le(self.word(off)?.load(Ordering::Acquire)))
     }
 
     fn write(&self, off: u64, from: &[u8]) -> pm::Result<()> {
@@ -853,8 +882,22 @@ impl pm::Pmem for Region {
         Ok(())
     }
 
+    #[inline]
     fn store(&self, off: u64, value: u64) -> pm::Result<()> {
-        self.word(off)?.store(value.to_le(), ordering::Release);
+        self.word(off)?.store(value.to_le(), Ordering::Release);
+        Ok(())
+    }
+
+    fn shift(&self, from: u64, to: u64, words: usize) -> pm::Result<()> {
+        let pairs = self.words(from, words)?.iter().zip(self.words(to, words)?);
+        let one = |(from, to): (&AtomicU64, &AtomicU64)| {
+            to.store(from.load(Ordering::Acquire), Ordering::Release)
+        };
+        if to <= from {
+            pairs.for_each(one);
+        } else {
+            pairs.rev().for_each(one);
+        }
         Ok(())
     }
 
@@ -912,14 +955,19 @@ impl pm::Pmem for Media {
     fn read(&self, off: u64, to: &mut [u8]) -> pm::Result<()> {
         self.0.read(off, to)
     }
+    #[inline(always)]
     fn load(&self, off: u64) -> pm::Result<u64> {
         self.0.load(off)
     }
     fn write(&self, off: u64, from: &[u8]) -> pm::Result<()> {
         self.0.write(off, from)
     }
+    #[inline]
     fn store(&self, off: u64, value: u64) -> pm::Result<()> {
         self.0.store(off, value)
+    }
+    fn shift(&self, from: u64, to: u64, words: usize) -> pm::Result<()> {
+        self.0.shift(from, to, words)
     }
     fn prefetch(&self, off: u64, len: u64) {
         self.0.prefetch(off, len)
@@ -981,8 +1029,7 @@ pub(crate) mod synthetic {
             hit: bits(PAGES as usize)?,
             data: SetOnce::new(),
             gone: AtomicFlag::new(false),
-            any_bad: AtomicFlag::new(false),
-            trouble: AtomicFlag::new(false),
+            trouble: AtomicBool::new(false),
             closed: AtomicFlag::new(true),
             lines: Atomic::new(0),
             fences: Atomic::new(0),

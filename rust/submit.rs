@@ -29,7 +29,7 @@ use crate::{
     token::Held,
     uapi::Plain,
 };
-use core::mem::size_of;
+use core::{mem::size_of, ops::Range};
 use kernel::{
     bindings,
     ffi::c_int,
@@ -71,25 +71,43 @@ enum Action {
 /// The key of an operation.
 enum Key {
     None,
-    /// From user memory, or gathered from several pieces.
-    Bytes(KVec<u8>),
+    /// From user memory, or gathered from several pieces: these of [`Array::keys`].
+    Bytes(Range<usize>),
     /// In the packets: elements of `Op::exts` that come after the object's.
     Pieces,
 }
 
-/// One operation on its way through the phases.
+/// An array on its way through the phases. What its operations refer to lies together, so that
+/// however many they are, there are few allocations.
+#[derive(Default)]
+struct Array {
+    ops: KVVec<Op>,
+    /// Of each operation, the extents of the object, then those of the key.
+    exts: KVVec<Plain<ext::pmskb_ext>>,
+    /// What these are, resolved; each with a hold.
+    pieces: KVVec<pm::Piece>,
+    /// Bytes of keys.
+    keys: KVVec<u8>,
+}
+
+/// The elements that a range names; it is one of theirs.
+fn part<'a, T>(all: &'a [T], range: &Range<usize>) -> &'a [T] {
+    all.get(range.clone()).unwrap_or_default()
+}
+
+/// One operation of an [`Array`].
 struct Op {
     fd: i32,
     keep: bool,
     /// The record has a CRC32C, too.
     crc32c: bool,
     action: Action,
-    /// Extents of the object, then those of the key.
-    exts: KVVec<Plain<ext::pmskb_ext>>,
-    /// How many of them are the object's.
+    /// Which of [`Array::exts`].
+    exts: Range<usize>,
+    /// How many of them, then of `pieces`, are the object's.
     object: usize,
-    /// What `exts` are, resolved; each with a hold.
-    pieces: KVVec<pm::Piece>,
+    /// Which of [`Array::pieces`].
+    pieces: Range<usize>,
     /// If they are of a buffer: nobody writes to it.
     sealed: Option<Sealed>,
     meta: pm::Meta,
@@ -132,21 +150,31 @@ fn submit(store: &Arc<Store>, mut caller: Caller<'_, '_>, header: ext::pmskb_sub
     clear_results(header.results, nr)?;
     store.submits.add(1);
 
-    let mut ops = read_ops(&caller, &header, nr)?;
+    let mut array = Array::read(&caller, &header, nr)?;
+    let Array {
+        ops, exts, pieces, ..
+    } = &mut array;
+    pieces.reserve(exts.len(), GFP_KERNEL_ACCOUNT)?;
     let mut left = MAX_EXTENTS;
     for op in ops.iter_mut() {
+        let first = pieces.len();
         if op.result.0.res == 0 {
-            let resolved = resolve(store, &mut caller, op, &mut left);
+            let resolved = resolve(store, &mut caller, op, exts, pieces, &mut left);
             op.fail_if(resolved);
         }
+        op.pieces = first..pieces.len();
     }
     if atomic {
-        check_releases(store, &mut caller, &mut ops);
+        check_releases(store, &mut caller, ops, exts);
     }
-    commit(store, &mut ops, atomic);
-    for op in ops.iter_mut() {
-        finish(store, &mut caller, op, atomic);
+    commit(store, &mut array, atomic);
+    for op in array.ops.iter_mut() {
+        finish(store, &mut caller, op, &array.exts, atomic);
     }
+    for piece in &array.pieces {
+        unhold(store.frames(), piece);
+    }
+    let ops = &array.ops;
     // Their space is back when the call returns, unless a signal ends it: then upkeep goes on.
     let truncated = |op: &Op| matches!(op.action, Action::Truncate(_)) && !op.failed();
     if ops.iter().any(truncated) {
@@ -154,9 +182,9 @@ fn submit(store: &Arc<Store>, mut caller: Caller<'_, '_>, header: ext::pmskb_sub
         let _ = store.drain(matches!(caller, Caller::Store));
     }
     store.upkeep();
-    write_results(header.results, &ops)?;
+    write_results(header.results, ops)?;
     if header.flags & ext::PMSKB_SUBMIT_FAIL != 0 {
-        return first_failure(&ops);
+        return first_failure(ops);
     }
     Ok(())
 }
@@ -179,10 +207,15 @@ fn first_failure(ops: &[Op]) -> Result {
 }
 
 /// A release of an array that is all or nothing must not be what fails after the rest was done.
-fn check_releases(store: &Arc<Store>, caller: &mut Caller<'_, '_>, ops: &mut [Op]) {
+fn check_releases(
+    store: &Arc<Store>,
+    caller: &mut Caller<'_, '_>,
+    ops: &mut [Op],
+    exts: &[Plain<ext::pmskb_ext>],
+) {
     for op in ops.iter_mut() {
         if matches!(op.action, Action::Release) && !op.failed() {
-            let exts = &op.exts;
+            let exts = part(exts, &op.exts);
             let checked = with_socket(store, caller, op.fd, |socket| {
                 exts.iter()
                     .try_for_each(|ext| socket.get(ext.0.token).map(|_| ()))
@@ -210,28 +243,33 @@ fn write_results(ptr: u64, ops: &[Op]) -> Result {
     Ok(())
 }
 
-/// Phase 1. Fails if the array cannot be read; what is wrong with one operation is its result.
-fn read_ops(caller: &Caller<'_, '_>, header: &ext::pmskb_submit, nr: usize) -> Result<KVVec<Op>> {
-    let size = nr * size_of::<ext::pmskb_op>();
-    let mut reader = UserSlice::new(UserPtr::from_addr(header.ops as usize), size).reader();
-    let mut ops = KVVec::with_capacity(nr, GFP_KERNEL_ACCOUNT)?;
-    let mut left = MAX_EXTENTS;
-    for _ in 0..nr {
-        let raw = reader.read::<Plain<ext::pmskb_op>>()?.0;
-        let mut op = Op::new(raw.fd, Action::Release);
-        op.keep = u32::from(raw.flags) & ext::PMSKB_OP_KEEP != 0;
-        op.crc32c = u32::from(raw.flags) & ext::PMSKB_OP_CRC32C != 0;
-        let named = match caller {
-            Caller::Socket(_) if raw.fd != -1 => Err(EINVAL),
-            _ => op.read(&raw, &mut left),
-        };
-        match named {
-            Err(error) if error == ENOMEM => return Err(error),
-            read => op.fail_if(read),
+impl Array {
+    /// Phase 1. Fails if the array cannot be read; what is wrong with one operation is its result.
+    fn read(caller: &Caller<'_, '_>, header: &ext::pmskb_submit, nr: usize) -> Result<Self> {
+        let size = nr * size_of::<ext::pmskb_op>();
+        let mut reader = UserSlice::new(UserPtr::from_addr(header.ops as usize), size).reader();
+        let mut array = Array::default();
+        array.ops.reserve(nr, GFP_KERNEL_ACCOUNT)?;
+        let mut left = MAX_EXTENTS;
+        for _ in 0..nr {
+            let raw = reader.read::<Plain<ext::pmskb_op>>()?.0;
+            let mut op = Op::new(raw.fd, Action::Release);
+            op.keep = u32::from(raw.flags) & ext::PMSKB_OP_KEEP != 0;
+            op.crc32c = u32::from(raw.flags) & ext::PMSKB_OP_CRC32C != 0;
+            let first = array.exts.len();
+            let read = match caller {
+                Caller::Socket(_) if raw.fd != -1 => Err(EINVAL),
+                _ => op.read(&raw, &mut array.exts, &mut array.keys, &mut left),
+            };
+            op.exts = first..array.exts.len();
+            match read {
+                Err(error) if error == ENOMEM => return Err(error),
+                read => op.fail_if(read),
+            }
+            array.ops.push(op, GFP_KERNEL_ACCOUNT)?;
         }
-        ops.push(op, GFP_KERNEL_ACCOUNT)?;
+        Ok(array)
     }
-    Ok(ops)
 }
 
 impl Op {
@@ -241,9 +279,9 @@ impl Op {
             keep: false,
             crc32c: false,
             action,
-            exts: KVVec::new(),
+            exts: 0..0,
             object: 0,
-            pieces: KVVec::new(),
+            pieces: 0..0,
             sealed: None,
             meta: pm::Meta::default(),
             if_seq: None,
@@ -265,8 +303,20 @@ impl Op {
         self.result.0.res < 0
     }
 
-    /// Checks the operation and copies what it points to.
-    fn read(&mut self, raw: &ext::pmskb_op, left: &mut usize) -> Result {
+    /// Its pieces: those of the object, those of the key.
+    fn split<'a>(&self, pieces: &'a [pm::Piece]) -> (&'a [pm::Piece], &'a [pm::Piece]) {
+        let pieces = part(pieces, &self.pieces);
+        pieces.split_at_checked(self.object).unwrap_or_default()
+    }
+
+    /// Checks the operation and adds what it points to.
+    fn read(
+        &mut self,
+        raw: &ext::pmskb_op,
+        exts: &mut KVVec<Plain<ext::pmskb_ext>>,
+        keys: &mut KVVec<u8>,
+        left: &mut usize,
+    ) -> Result {
         let flags = u32::from(raw.flags);
         if raw.reserved.iter().any(|word| *word != 0) {
             return Err(EINVAL);
@@ -291,8 +341,10 @@ impl Op {
         } else if raw.seq != 0 && !truncate {
             return Err(EINVAL);
         }
-        self.read_exts(raw.extents, raw.nr_extents, left)?;
-        self.object = self.exts.len();
+        let first = exts.len();
+        read_exts(exts, raw.extents, raw.nr_extents, left)?;
+        let object = first..exts.len();
+        self.object = object.len();
         self.action = match opcode {
             ext::pmskb_opcode_PMSKB_OP_PUT => {
                 const BOTH: u32 = ext::PMSKB_OP_CREATE | ext::PMSKB_OP_REPLACE;
@@ -302,17 +354,11 @@ impl Op {
                     BOTH => return Err(EINVAL),
                     _ => pm::PutMode::Upsert,
                 };
-                let key = self.read_key(raw, flags, left)?;
+                let key = read_key(raw, flags, exts, keys, left)?;
                 if matches!(key, Key::None) && mode != pm::PutMode::Upsert {
                     return Err(EINVAL);
                 }
-                let len: u64 = self
-                    .exts
-                    .iter()
-                    .take(self.object)
-                    .map(|e| u64::from(e.0.len))
-                    .sum();
-                if len > pm::MAX_OBJECT {
+                if bytes_of(part(exts, &object)) > pm::MAX_OBJECT {
                     return Err(EFBIG);
                 }
                 Action::Put { mode, key }
@@ -321,7 +367,7 @@ impl Op {
                 if raw.nr_extents != 0 {
                     return Err(EINVAL);
                 }
-                match self.read_key(raw, flags, left)? {
+                match read_key(raw, flags, exts, keys, left)? {
                     Key::None => return Err(EINVAL),
                     key => Action::Delete { key },
                 }
@@ -340,7 +386,7 @@ impl Op {
             }
         };
         let release = matches!(self.action, Action::Release);
-        for ext in self.exts.iter().map(|ext| &ext.0) {
+        for ext in exts.iter().skip(first).map(|ext| &ext.0) {
             if ext.reserved != 0 {
                 return Err(EINVAL);
             }
@@ -351,56 +397,67 @@ impl Op {
         }
         Ok(())
     }
+}
 
-    fn read_exts(&mut self, ptr: u64, nr: u32, left: &mut usize) -> Result {
-        let nr = nr as usize;
-        if nr > ext::PMSKB_MAX_EXTENTS as usize {
-            return Err(E2BIG);
-        }
-        *left = left.checked_sub(nr).ok_or(E2BIG)?;
-        let size = nr * size_of::<ext::pmskb_ext>();
-        let mut reader = UserSlice::new(UserPtr::from_addr(ptr as usize), size).reader();
-        self.exts.reserve(nr, GFP_KERNEL_ACCOUNT)?;
-        for _ in 0..nr {
-            self.exts.push(reader.read()?, GFP_KERNEL_ACCOUNT)?;
-        }
-        Ok(())
+/// Bytes of extents.
+fn bytes_of(exts: &[Plain<ext::pmskb_ext>]) -> u64 {
+    exts.iter().map(|ext| u64::from(ext.0.len)).sum()
+}
+
+fn read_exts(
+    exts: &mut KVVec<Plain<ext::pmskb_ext>>,
+    ptr: u64,
+    nr: u32,
+    left: &mut usize,
+) -> Result {
+    let nr = nr as usize;
+    if nr > ext::PMSKB_MAX_EXTENTS as usize {
+        return Err(E2BIG);
     }
+    *left = left.checked_sub(nr).ok_or(E2BIG)?;
+    let size = nr * size_of::<ext::pmskb_ext>();
+    let mut reader = UserSlice::new(UserPtr::from_addr(ptr as usize), size).reader();
+    exts.reserve(nr, GFP_KERNEL_ACCOUNT)?;
+    for _ in 0..nr {
+        exts.push(reader.read()?, GFP_KERNEL_ACCOUNT)?;
+    }
+    Ok(())
+}
 
-    fn read_key(&mut self, raw: &ext::pmskb_op, flags: u32, left: &mut usize) -> Result<Key> {
-        let len = raw.key_len;
-        if len == 0 {
-            return if flags & ext::PMSKB_OP_KEY_EXTENTS == 0 {
-                Ok(Key::None)
-            } else {
-                Err(EINVAL)
-            };
-        }
-        if flags & ext::PMSKB_OP_KEY_EXTENTS == 0 {
-            if len > ext::PMSKB_MAX_KEY {
-                return Err(errno(bindings::ENAMETOOLONG));
-            }
-            let mut key = KVec::from_elem(0u8, len as usize, GFP_KERNEL_ACCOUNT)?;
-            let slice = UserSlice::new(UserPtr::from_addr(raw.key as usize), len as usize);
-            slice.reader().read_slice(&mut key)?;
-            return Ok(Key::Bytes(key));
-        }
-        // More pieces than bytes cannot be: an extent has at least one.
-        if len > ext::PMSKB_MAX_KEY {
+fn read_key(
+    raw: &ext::pmskb_op,
+    flags: u32,
+    exts: &mut KVVec<Plain<ext::pmskb_ext>>,
+    keys: &mut KVVec<u8>,
+    left: &mut usize,
+) -> Result<Key> {
+    let in_packet = flags & ext::PMSKB_OP_KEY_EXTENTS != 0;
+    let len = raw.key_len;
+    if len == 0 {
+        return if in_packet {
+            Err(EINVAL)
+        } else {
+            Ok(Key::None)
+        };
+    }
+    // More pieces than bytes cannot be: an extent has at least one.
+    if len > ext::PMSKB_MAX_KEY {
+        return Err(errno(bindings::ENAMETOOLONG));
+    }
+    if in_packet {
+        let first = exts.len();
+        read_exts(exts, raw.key, len, left)?;
+        if bytes_of(part(exts, &(first..exts.len()))) > u64::from(ext::PMSKB_MAX_KEY) {
             return Err(errno(bindings::ENAMETOOLONG));
         }
-        self.read_exts(raw.key, len, left)?;
-        let bytes: u64 = self
-            .exts
-            .iter()
-            .skip(self.object)
-            .map(|e| u64::from(e.0.len))
-            .sum();
-        if bytes > u64::from(ext::PMSKB_MAX_KEY) {
-            return Err(errno(bindings::ENAMETOOLONG));
-        }
-        Ok(Key::Pieces)
+        return Ok(Key::Pieces);
     }
+    let first = keys.len();
+    keys.resize(first + len as usize, 0, GFP_KERNEL_ACCOUNT)?;
+    let to = keys.get_mut(first..).ok_or(EINVAL)?;
+    let slice = UserSlice::new(UserPtr::from_addr(raw.key as usize), len as usize);
+    slice.reader().read_slice(to)?;
+    Ok(Key::Bytes(first..keys.len()))
 }
 
 /// Phase 2: what the extents are, with a hold on each of their frames. `left` is how many frames
@@ -409,25 +466,27 @@ fn resolve(
     store: &Arc<Store>,
     caller: &mut Caller<'_, '_>,
     op: &mut Op,
+    exts: &[Plain<ext::pmskb_ext>],
+    pieces: &mut KVVec<pm::Piece>,
     left: &mut usize,
 ) -> Result {
-    if op.exts.is_empty() {
+    let exts = part(exts, &op.exts);
+    if exts.is_empty() {
         return Ok(());
     }
     if matches!(caller, Caller::Store) {
         if let Some((buffer, file)) = Buffer::of_fd(op.fd) {
-            return resolve_buffer(store, &buffer, &file, op, left);
+            return resolve_buffer(store, &buffer, &file, op, exts, pieces, left);
         }
     }
     if matches!(op.action, Action::Release) {
         return Ok(());
     }
-    op.pieces.reserve(op.exts.len(), GFP_KERNEL_ACCOUNT)?;
+    let before = pieces.len();
+    pieces.reserve(exts.len(), GFP_KERNEL_ACCOUNT)?;
     let Op {
         fd,
         object,
-        exts,
-        pieces,
         meta,
         crc32c,
         ..
@@ -453,10 +512,7 @@ fn resolve(
         }
         Ok(())
     })?;
-    if overlap(op.pieces.get(..op.object).unwrap_or_default())? {
-        return Err(EINVAL);
-    }
-    Ok(())
+    no_overlap(pieces, before, op.object)
 }
 
 /// `len` bytes from `off` of what a token holds, as a part of an object. `EINVAL` if there are fewer.
@@ -499,24 +555,26 @@ fn resolve_buffer(
     buffer: &Arc<Buffer>,
     file: &LocalFile,
     op: &mut Op,
+    exts: &[Plain<ext::pmskb_ext>],
+    pieces: &mut KVVec<pm::Piece>,
     left: &mut usize,
 ) -> Result {
-    if matches!(op.action, Action::Release) || op.exts.iter().any(|ext| ext.0.token != 0) {
+    if matches!(op.action, Action::Release) || exts.iter().any(|ext| ext.0.token != 0) {
         return Err(EINVAL);
     }
     if !Arc::ptr_eq(buffer.store(), store) {
         return Err(errno(bindings::EXDEV));
     }
-    let ranges = op.exts.iter().map(|ext| (ext.0.offset, ext.0.len));
+    let ranges = exts.iter().map(|ext| (ext.0.offset, ext.0.len));
     let sealed = buffer.seal(file, ranges, op.keep, *left);
     if matches!(&sealed, Err(e) if *e == E2BIG) {
         // Not so many once more with the next operation.
         *left = 0;
     }
     let sealed = &*op.sealed.insert(sealed?);
+    let before = pieces.len();
     let mut object = 0;
-    for (nr, ext) in op.exts.iter().map(|ext| &ext.0).enumerate() {
-        let pieces = &mut op.pieces;
+    for (nr, ext) in exts.iter().map(|ext| &ext.0).enumerate() {
         sealed.places(ext.offset, ext.len, |frame, off, len| {
             *left = left.checked_sub(1).ok_or(E2BIG)?;
             let piece = pm::Piece {
@@ -542,15 +600,12 @@ fn resolve_buffer(
             Ok(())
         })?;
         if nr + 1 == op.object {
-            object = op.pieces.len();
+            object = pieces.len() - before;
         }
     }
     // From extents to pieces: one may lie in several frames.
     op.object = object;
-    if overlap(op.pieces.get(..op.object).unwrap_or_default())? {
-        return Err(EINVAL);
-    }
-    Ok(())
+    no_overlap(pieces, before, object)
 }
 
 /// The flow of a record, from that of a socket or a datagram.
@@ -600,30 +655,38 @@ fn unhold(frames: &FrameArea, piece: &pm::Piece) {
     }
 }
 
-/// Whether any two pieces have bytes in common.
-fn overlap(pieces: &[pm::Piece]) -> Result<bool> {
+/// `EINVAL` if any two of `count` pieces have bytes in common.
+fn no_overlap(pieces: &[pm::Piece], first: usize, count: usize) -> Result {
+    let pieces = part(pieces, &(first..first + count));
     let end = |piece: &pm::Piece| piece.off.saturating_add(u64::from(piece.len));
     let in_order = |pair: &[pm::Piece]| match pair {
         [a, b] => end(a) <= b.off,
         _ => true,
     };
     if pieces.windows(2).all(in_order) {
-        return Ok(false);
+        return Ok(());
     }
     let mut sorted = KVVec::with_capacity(pieces.len(), GFP_KERNEL_ACCOUNT)?;
     sorted.extend_from_slice(pieces, GFP_KERNEL_ACCOUNT)?;
     sorted.sort_unstable_by_key(|piece| piece.off);
-    Ok(!sorted.windows(2).all(in_order))
+    if sorted.windows(2).all(in_order) {
+        Ok(())
+    } else {
+        Err(EINVAL)
+    }
 }
 
 /// Phase 3. What is the store's error is that of every operation that was not refused before. If
 /// they are to be atomic, one that fails takes the others with it.
-fn commit(store: &Store, ops: &mut [Op], atomic: bool) {
+fn commit(store: &Store, array: &mut Array, atomic: bool) {
+    let Array {
+        ops, pieces, keys, ..
+    } = array;
     let stages = |op: &&mut Op| !op.failed() && !matches!(op.action, Action::Release);
     let now = crate::host::now();
     let mut any = false;
     for op in ops.iter_mut().filter(stages) {
-        let composed = compose(store, op, now);
+        let composed = compose(store, op, pieces, keys, now);
         any |= composed.is_ok();
         if atomic && matches!(op.action, Action::Truncate(_)) {
             op.fail_if(Err::<(), _>(EINVAL));
@@ -633,13 +696,14 @@ fn commit(store: &Store, ops: &mut [Op], atomic: bool) {
     if cancelled(ops, atomic) || !any {
         return;
     }
+    let mut extents = KVVec::new();
     let committed = store.core().and_then(|mut core| {
         let core = core.get()?;
         if atomic {
             core.begin_atomic().map_err(crate::errno)?;
         }
         for op in ops.iter_mut().filter(stages) {
-            let staged = stage(core, op);
+            let staged = stage(core, op, pieces, keys, &mut extents);
             op.fail_if(staged);
             if atomic && op.failed() {
                 break;
@@ -677,19 +741,23 @@ fn cancelled(ops: &mut [Op], atomic: bool) -> bool {
 }
 
 /// The checksum and the rest of the metadata that depends on the object's bytes.
-fn compose(store: &Store, op: &mut Op, now: u64) -> Result {
+fn compose(
+    store: &Store,
+    op: &mut Op,
+    pieces: &[pm::Piece],
+    keys: &mut KVVec<u8>,
+    now: u64,
+) -> Result {
     let _inside = store.enter()?;
     let region: &Region = store.region();
-    let gathered = match &op.action {
-        Action::Put {
-            key: Key::Pieces, ..
+    let (object, of_key) = op.split(pieces);
+    if let Action::Put { key, .. } | Action::Delete { key } = &mut op.action {
+        if matches!(key, Key::Pieces) {
+            if let Some(bytes) = gather(region, of_key, keys)? {
+                *key = Key::Bytes(bytes);
+            }
         }
-        | Action::Delete { key: Key::Pieces } => {
-            gather(region, op.pieces.get(op.object..).unwrap_or_default())?
-        }
-        _ => None,
-    };
-    let object = op.pieces.get(..op.object).unwrap_or_default();
+    }
     let composed = pm::compose(object, op.crc32c || store.crc32c(), |off, len, with_crc| {
         look(region, off, len, with_crc)
     })
@@ -703,50 +771,55 @@ fn compose(store: &Store, op: &mut Op, now: u64) -> Result {
         op.meta.time = now;
         op.meta.time_source = pm::TimeSource::Placement;
     }
-    if let Some(bytes) = gathered {
-        match &mut op.action {
-            Action::Put { key, .. } | Action::Delete { key } => *key = Key::Bytes(bytes),
-            Action::Release | Action::Truncate(_) => {}
-        }
-    }
     Ok(())
 }
 
-/// The bytes of a key, unless they lie together and can stay where they are.
-fn gather(region: &impl Pmem, pieces: &[pm::Piece]) -> Result<Option<KVec<u8>>> {
+/// Adds the bytes of a key, unless they lie together and can stay where they are.
+fn gather(
+    region: &impl Pmem,
+    pieces: &[pm::Piece],
+    keys: &mut KVVec<u8>,
+) -> Result<Option<Range<usize>>> {
     if let [_] = pieces {
         return Ok(None);
     }
-    let mut key = KVec::new();
+    let first = keys.len();
     for piece in pieces {
-        let at = key.len();
-        key.resize(at + piece.len as usize, 0, GFP_KERNEL_ACCOUNT)?;
-        let to = key.get_mut(at..).ok_or(EINVAL)?;
+        let at = keys.len();
+        keys.resize(at + piece.len as usize, 0, GFP_KERNEL_ACCOUNT)?;
+        let to = keys.get_mut(at..).ok_or(EINVAL)?;
         region.read(piece.off, to).map_err(crate::errno)?;
     }
-    Ok(Some(key))
+    Ok(Some(first..keys.len()))
 }
 
-/// Stages one operation.
-fn stage(core: &mut Core, op: &mut Op) -> Result {
-    let key_piece = op.pieces.get(op.object);
-    let in_packet = key_piece.map(|piece| pm::Extent::new(piece.off, piece.len));
+/// Stages one operation. `extents` is room for its extents.
+fn stage(
+    core: &mut Core,
+    op: &mut Op,
+    pieces: &[pm::Piece],
+    keys: &[u8],
+    extents: &mut KVVec<pm::Extent>,
+) -> Result {
+    let extent = |piece: &pm::Piece| pm::Extent::new(piece.off, piece.len);
+    let (object, of_key) = op.split(pieces);
+    let in_packet = of_key.first().map(extent);
     match &op.action {
         Action::Put { mode, key } => {
-            let mut extents = KVVec::with_capacity(op.object, GFP_KERNEL_ACCOUNT)?;
-            for piece in op.pieces.iter().take(op.object) {
-                extents.push(pm::Extent::new(piece.off, piece.len), GFP_KERNEL_ACCOUNT)?;
+            extents.clear();
+            for piece in object {
+                extents.push(extent(piece), GFP_KERNEL_ACCOUNT)?;
             }
             let key = match (key, in_packet) {
                 (Key::None, _) => pm::Key::None,
-                (Key::Bytes(bytes), _) => pm::Key::Bytes(bytes),
+                (Key::Bytes(bytes), _) => pm::Key::Bytes(part(keys, bytes)),
                 (Key::Pieces, Some(extent)) => pm::Key::Extent(extent),
                 (Key::Pieces, None) => return Err(EINVAL),
             };
             let outcome = core
                 .put(&pm::PutArgs {
                     key,
-                    extents: &extents,
+                    extents,
                     meta: op.meta,
                     mode: *mode,
                     if_seq: op.if_seq,
@@ -770,7 +843,7 @@ fn stage(core: &mut Core, op: &mut Op) -> Result {
         Action::Delete { key } => {
             let mut buf;
             let bytes: &[u8] = match (key, in_packet) {
-                (Key::Bytes(bytes), _) => bytes,
+                (Key::Bytes(bytes), _) => part(keys, bytes),
                 (Key::Pieces, Some(extent)) => {
                     buf = KVec::from_elem(0u8, extent.len as usize, GFP_KERNEL_ACCOUNT)?;
                     core.pm().read(extent.off, &mut buf).map_err(crate::errno)?;
@@ -791,17 +864,22 @@ fn stage(core: &mut Core, op: &mut Op) -> Result {
     Ok(())
 }
 
-/// Phase 4: the tokens of a put that succeeded, and those of a release, go; the holds of this
-/// call go in any case. In an array that is all or nothing, and was done, a release gives back what
+/// Phase 4: the tokens of a put that succeeded, and those of a release, go. In an array that is all or nothing, and was done, a release gives back what
 /// is still held: [`check_releases`] saw its tokens, and another operation may name them too.
-fn finish(store: &Arc<Store>, caller: &mut Caller<'_, '_>, op: &mut Op, atomic: bool) {
+fn finish(
+    store: &Arc<Store>,
+    caller: &mut Caller<'_, '_>,
+    op: &mut Op,
+    exts: &[Plain<ext::pmskb_ext>],
+    atomic: bool,
+) {
+    let exts = part(exts, &op.exts);
     let release = matches!(op.action, Action::Release);
     if let Some(sealed) = op.sealed.take() {
         if !op.failed() {
             sealed.finish();
         }
-    } else if !op.failed() && !op.exts.is_empty() && (release || !op.keep) {
-        let exts = &op.exts;
+    } else if !op.failed() && !exts.is_empty() && (release || !op.keep) {
         let mut released = 0;
         let done = with_socket(store, caller, op.fd, |socket| {
             if release && !atomic {
@@ -822,9 +900,6 @@ fn finish(store: &Arc<Store>, caller: &mut Caller<'_, '_>, op: &mut Op, atomic: 
                 op.fail_if(done);
             }
         }
-    }
-    for piece in &op.pieces {
-        unhold(store.frames(), piece);
     }
 }
 
@@ -856,7 +931,7 @@ pub(crate) struct Log<'a> {
     flow: Option<pm::Flow>,
     /// What is added is of the last datagram.
     datagrams: bool,
-    ops: KVVec<Op>,
+    array: Array,
 }
 
 /// What a [`Log`] has made durable, from the first one added.
@@ -878,7 +953,7 @@ impl<'a> Log<'a> {
             crc32c,
             flow,
             datagrams,
-            ops: KVVec::new(),
+            array: Array::default(),
         }
     }
 
@@ -894,12 +969,12 @@ impl<'a> Log<'a> {
 
     /// [`Self::add`] no more, and commit.
     pub(crate) fn is_full(&self) -> bool {
-        self.ops.len() >= Self::BATCH
+        self.len() >= Self::BATCH
     }
 
     /// How many records there are.
     pub(crate) fn len(&self) -> usize {
-        self.ops.len()
+        self.array.ops.len()
     }
 
     /// Begins the record of a datagram; with its stamp, if it has no bytes that bring theirs.
@@ -911,7 +986,7 @@ impl<'a> Log<'a> {
             op.meta.time = time;
             op.meta.time_source = time_source(source);
         }
-        Ok(self.ops.push(op, GFP_KERNEL_ACCOUNT)?)
+        Ok(self.array.ops.push(op, GFP_KERNEL_ACCOUNT)?)
     }
 
     /// Adds the bytes that come next, and takes over their hold. `ENOMEM`.
@@ -926,10 +1001,15 @@ impl<'a> Log<'a> {
 
     /// Keeps the first `len` records.
     pub(crate) fn truncate(&mut self, len: usize) {
-        for piece in self.ops.iter().skip(len).flat_map(|op| &op.pieces) {
+        let Array { ops, pieces, .. } = &mut self.array;
+        let Some(first) = ops.get(len).map(|op| op.pieces.start) else {
+            return;
+        };
+        for piece in pieces.iter().skip(first) {
             unhold(self.store.frames(), piece);
         }
-        self.ops.truncate(len);
+        pieces.truncate(first);
+        ops.truncate(len);
     }
 
     fn op(&self) -> Op {
@@ -940,6 +1020,8 @@ impl<'a> Log<'a> {
         let mut op = Op::new(-1, put);
         op.crc32c = self.crc32c;
         op.meta.flow = self.flow;
+        let end = self.array.pieces.len();
+        op.pieces = end..end;
         op
     }
 
@@ -948,43 +1030,51 @@ impl<'a> Log<'a> {
         let goes_on = |last: &pm::Piece| {
             last.packet == piece.packet && last.at.checked_add(last.len) == Some(piece.at)
         };
-        let same = |op: &&mut Op| self.datagrams || op.pieces.last().is_some_and(goes_on);
-        if let Some(op) = self.ops.last_mut().filter(same) {
-            op.pieces.push(piece, GFP_KERNEL_ACCOUNT)?;
+        let Array { ops, pieces, .. } = &mut self.array;
+        let goes_on = self.datagrams || pieces.last().is_some_and(goes_on);
+        if !goes_on || ops.is_empty() {
+            let mut op = self.op();
+            op.meta.tcp_seq = held.note.seq;
+            self.array.pieces.reserve(1, GFP_KERNEL_ACCOUNT)?;
+            self.array.ops.push(op, GFP_KERNEL_ACCOUNT)?;
+        }
+        let Array { ops, pieces, .. } = &mut self.array;
+        pieces.push(piece, GFP_KERNEL_ACCOUNT)?;
+        if let Some(op) = ops.last_mut() {
+            op.pieces.end = pieces.len();
             op.object = op.pieces.len();
             came_with(&mut op.meta, held);
-            return Ok(());
         }
-        let mut op = self.op();
-        op.meta.tcp_seq = held.note.seq;
-        came_with(&mut op.meta, held);
-        self.ops.reserve(1, GFP_KERNEL_ACCOUNT)?;
-        op.pieces.push(piece, GFP_KERNEL_ACCOUNT)?;
-        op.object = 1;
-        Ok(self.ops.push(op, GFP_KERNEL_ACCOUNT)?)
+        Ok(())
     }
 
     /// Makes the records: how many of them are durable now; the error, if not all.
     pub(crate) fn commit(mut self) -> (Logged, Result) {
-        if self.ops.is_empty() {
+        let store = self.store;
+        let Array {
+            ops, pieces, keys, ..
+        } = &mut self.array;
+        if ops.is_empty() {
             return (Logged::default(), Ok(()));
         }
         let now = crate::host::now();
         // What follows one that cannot be made shall not be there, either.
         let mut result = Ok(());
         let mut composed = 0;
-        for op in self.ops.iter_mut() {
-            result = compose(self.store, op, now);
+        for op in ops.iter_mut() {
+            result = compose(store, op, pieces, keys, now);
             if result.is_err() {
                 break;
             }
             composed += 1;
         }
         let mut records = 0;
-        let committed = self.store.core().and_then(|mut core| {
+        let mut extents = KVVec::new();
+        let committed = store.core().and_then(|mut core| {
             let core = core.get()?;
-            for op in self.ops.iter_mut().take(composed) {
-                if let Err(error) = stage(core, op) {
+            for op in ops.iter_mut().take(composed) {
+                let staged = stage(core, op, pieces, keys, &mut extents);
+                if let Err(error) = staged {
                     result = Err(error);
                     break;
                 }
@@ -995,16 +1085,17 @@ impl<'a> Log<'a> {
         if let Err(error) = committed {
             return (Logged::default(), Err(error));
         }
-        let pieces = self.ops.iter().take(records).flat_map(|op| &op.pieces);
+        let made = ops.get(records).map_or(pieces.len(), |op| op.pieces.start);
+        let pieces = pieces.iter().take(made);
         let bytes = pieces.fold(0u32, |bytes, piece| bytes.wrapping_add(piece.len));
-        self.store.submits.add(1);
+        store.submits.add(1);
         (Logged { records, bytes }, result)
     }
 }
 
 impl Drop for Log<'_> {
     fn drop(&mut self) {
-        for piece in self.ops.iter().flat_map(|op| &op.pieces) {
+        for piece in &self.array.pieces {
             unhold(self.store.frames(), piece);
         }
         self.store.upkeep();

@@ -203,6 +203,9 @@ pub struct FrameTable<B> {
     /// Free frames that only [`Need::Reserve`] gets.
     reserve: u32,
     counts: Counts,
+    /// Where the levels of the bitmap start in `buf`, and the numbers of used bytes.
+    levels: [usize; LEVELS],
+    used_at: usize,
 }
 
 /// Words of each level for `count` frames.
@@ -242,7 +245,14 @@ impl<B: Buf> FrameTable<B> {
                 free: count,
                 ..Counts::default()
             },
+            levels: [0; LEVELS],
+            used_at: Self::used_base(count),
         };
+        let mut base = count as usize;
+        for (level, at) in table.levels.iter_mut().enumerate() {
+            *at = base;
+            base += level_words(count, level);
+        }
         table.buf.fill(0);
         let mut bits = count as usize;
         for level in 0..LEVELS {
@@ -260,9 +270,7 @@ impl<B: Buf> FrameTable<B> {
     }
 
     fn level_base(&self, level: usize) -> usize {
-        (0..level).fold(self.count as usize, |base, below| {
-            base + level_words(self.count, below)
-        })
+        self.levels.get(level).copied().unwrap_or(self.used_at)
     }
 
     fn index(&self, frame: Frame) -> Result<u32> {
@@ -371,9 +379,7 @@ impl<B: Buf> FrameTable<B> {
     /// Bytes of a frame that records use.
     pub fn used(&self, frame: Frame) -> u32 {
         self.index(frame).map_or(0, |index| {
-            let word = self
-                .buf
-                .get(Self::used_base(self.count) + index as usize / 2);
+            let word = self.buf.get(self.used_at + index as usize / 2);
             (word.copied().unwrap_or(0) >> (index % 2 * 32)) as u32
         })
     }
@@ -385,7 +391,7 @@ impl<B: Buf> FrameTable<B> {
         }
         let before = self.used(Frame(self.first + index));
         let now = before.saturating_add(more).saturating_sub(less);
-        let at = Self::used_base(self.count) + index as usize / 2;
+        let at = self.used_at + index as usize / 2;
         if let Some(word) = self.buf.get_mut(at) {
             let shift = index % 2 * 32;
             *word = *word & !(0xffff_ffff << shift) | (u64::from(now) << shift);

@@ -83,9 +83,17 @@ impl Head {
         usize::from(self.level != 0)
     }
 
+    /// Words of an entry.
+    fn words(&self) -> usize {
+        if self.level == 0 {
+            2
+        } else {
+            3
+        }
+    }
+
     fn at(&self, node: u64, index: usize) -> u64 {
-        let size = if self.level == 0 { 16 } else { 24 };
-        node.saturating_add(ENTRIES + size * index as u64)
+        node.saturating_add(ENTRIES + (8 * self.words() * index) as u64)
     }
 
     pub(super) fn prefix<P: Pmem>(&self, pm: &P, node: u64, index: usize) -> Result<u64> {
@@ -123,6 +131,36 @@ impl Head {
             pm.store(at + 16, entry.child)?;
         }
         Ok(())
+    }
+
+    /// An inner node's entry 0 has no key, wherever it was before.
+    pub(super) fn first_without_key<P: Pmem>(&self, pm: &P, node: u64) -> Result<()> {
+        if self.level == 0 {
+            return Ok(());
+        }
+        let child = self.child(pm, node, 0)?;
+        let entry = Entry {
+            prefix: 0,
+            loc: 0,
+            child,
+        };
+        self.set(pm, node, 0, entry)
+    }
+
+    /// Copies so many entries from `from` on to `to` of a node, this one or another of its level.
+    pub(super) fn shift<P: Pmem>(
+        &self,
+        pm: &P,
+        node: u64,
+        from: usize,
+        (to_node, to): (u64, usize),
+        count: usize,
+    ) -> Result<()> {
+        if from.max(to).saturating_add(count) > self.max() {
+            return Err(Error::Damaged);
+        }
+        let (from, to) = (self.at(node, from), self.at(to_node, to));
+        pm.shift(from, to, count * self.words())
     }
 }
 

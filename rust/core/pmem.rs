@@ -43,6 +43,18 @@ pub trait Pmem {
     /// another CPU sees all or none of it. `off` is a multiple of 8.
     fn store(&self, off: u64, value: u64) -> Result<()>;
 
+    /// Copies 8-byte words as [`load`](Pmem::load) and [`store`](Pmem::store) would, one by one, in
+    /// whatever order suits ranges that overlap. Both offsets are multiples of 8.
+    fn shift(&self, from: u64, to: u64, words: usize) -> Result<()> {
+        let at = |index: usize| 8 * index as u64;
+        let one = |off| self.store(to.saturating_add(off), self.load(from.saturating_add(off))?);
+        if to <= from {
+            (0..words).map(at).try_for_each(one)
+        } else {
+            (0..words).rev().map(at).try_for_each(one)
+        }
+    }
+
     /// Starts the write-back of all cache lines that the range touches.
     fn flush(&self, off: u64, len: u64) -> Result<()>;
 
@@ -81,6 +93,9 @@ impl<P: Pmem + ?Sized> Pmem for &P {
     }
     fn store(&self, off: u64, value: u64) -> Result<()> {
         (**self).store(off, value)
+    }
+    fn shift(&self, from: u64, to: u64, words: usize) -> Result<()> {
+        (**self).shift(from, to, words)
     }
     fn flush(&self, off: u64, len: u64) -> Result<()> {
         (**self).flush(off, len)

@@ -183,7 +183,23 @@ pub(super) enum KeySrc<'a> {
     Pm { off: u64, len: usize },
 }
 
-impl KeySrc<'_> {
+/// Key bytes that are not read anew each time that they are looked at, at most.
+pub(super) const NEAR: usize = 64;
+
+impl<'a> KeySrc<'a> {
+    /// The same key, read once, unless it is longer than `to`: for a search, which looks at it
+    /// in each node.
+    pub(super) fn near<'b, P: Pmem>(self, pm: &P, to: &'b mut [u8; NEAR]) -> Result<KeySrc<'b>>
+    where
+        'a: 'b,
+    {
+        if matches!(self, KeySrc::Bytes(_)) || self.len() > NEAR {
+            return Ok(self);
+        }
+        let len = self.read(pm, 0, to)?;
+        Ok(KeySrc::Bytes(to.get(..len).ok_or(Error::Invalid)?))
+    }
+
     pub(super) fn len(&self) -> usize {
         match self {
             KeySrc::Bytes(bytes) => bytes.len(),
@@ -210,6 +226,11 @@ impl KeySrc<'_> {
 
     /// The 8 bytes from `skip` on, zero padded, as a number that sorts like them.
     pub(super) fn prefix<P: Pmem>(&self, pm: &P, skip: usize) -> Result<u64> {
+        if let KeySrc::Bytes(bytes) = self {
+            if let Some(word) = bytes.get(skip..).and_then(|rest| rest.first_chunk()) {
+                return Ok(u64::from_be_bytes(*word));
+            }
+        }
         let mut word = [0u8; 8];
         self.read(pm, skip, &mut word)?;
         Ok(u64::from_be_bytes(word))

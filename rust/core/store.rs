@@ -32,7 +32,7 @@ use super::pmem::lines_of;
 use super::reader::{current, log_next, view, Direction, View};
 use super::record::{
     is_put, key_by, key_of, kill_word, kill_word_by, parse, read_staged, write, write_lists, Draft,
-    FrameHeader, Key, KeySrc, Line, Locator, Meta, PutMode, Record, LINES,
+    FrameHeader, Key, KeySrc, Line, Locator, Meta, PutMode, Record, LINES, NEAR,
 };
 use super::superblock::Superblock;
 use super::tree::{find, Goal, Tree};
@@ -409,7 +409,12 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         if self.next_seq >= u64::MAX / 2 {
             return Err(Error::TooBig);
         }
-        let mut now = self.look(draft.key.as_ref())?;
+        let mut near = [0; NEAR];
+        let key = match draft.key {
+            Some(key) => Some(key.near(&self.pm, &mut near)?),
+            None => None,
+        };
+        let mut now = self.look(key.as_ref())?;
         let replaced = now.seq != 0;
         match args.mode {
             PutMode::Create if replaced => return Err(Error::Exists),
@@ -424,7 +429,7 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
                 if !self.atomic {
                     self.commit()?;
                     // What was staged is committed now.
-                    now = self.look(draft.key.as_ref())?;
+                    now = self.look(key.as_ref())?;
                 }
                 self.sync_pending()?;
                 self.stage(&draft, flush)?
@@ -1060,7 +1065,8 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         if (self.pm.load(loc.0)? >> 48) & u64::from(super::record::F_KEYED) == 0 {
             return Ok(());
         }
-        let key = key_of(&self.pm, loc.0)?;
+        let mut near = [0; NEAR];
+        let key = key_of(&self.pm, loc.0)?.near(&self.pm, &mut near)?;
         match self.keys.insert(&self.pm, &mut self.pool, &key, loc.0)? {
             Some(old) => self.retire(Locator(old)),
             None => {

@@ -214,10 +214,7 @@ impl Tree {
         if fewer < head.skip {
             self.skip(pm, node, &mut head, fewer)?;
         }
-        for index in (at..head.count).rev() {
-            let entry = head.entry(pm, node, index)?;
-            head.set(pm, node, index + 1, entry)?;
-        }
+        head.shift(pm, node, at, (node, at + 1), head.count - at)?;
         head.set(pm, node, at, Entry { prefix, loc, child })?;
         head.count += 1;
         // Now and then, see whether the keys have more in common by now.
@@ -270,13 +267,8 @@ impl Tree {
             Kind::Log => KeySrc::Bytes(&base),
         };
         pool.begin(pm, right)?;
-        for from in mid..head.count {
-            let mut entry = head.entry(pm, node, from)?;
-            if head.level != 0 && from == mid {
-                (entry.prefix, entry.loc) = (0, 0);
-            }
-            right_head.set(pm, right, from - mid, entry)?;
-        }
+        head.shift(pm, node, mid, (right, 0), right_head.count)?;
+        right_head.first_without_key(pm, right)?;
         self.tighten(pm, right, &mut right_head)?;
         right_head.write(pm, right)?;
         pool.end(pm, right)?;
@@ -555,14 +547,11 @@ impl Tree {
     fn remove_entry<P: Pmem>(&self, pm: &P, pool: &mut Pool, node: u64, at: usize) -> Result<()> {
         let mut head = Head::read(pm, node)?;
         pool.begin(pm, node)?;
-        for index in at + 1..head.count {
-            let mut entry = head.entry(pm, node, index)?;
-            if head.level != 0 && index == 1 {
-                (entry.prefix, entry.loc) = (0, 0);
-            }
-            head.set(pm, node, index - 1, entry)?;
-        }
         head.count = head.count.saturating_sub(1);
+        head.shift(pm, node, at + 1, (node, at), head.count.saturating_sub(at))?;
+        if at == 0 {
+            head.first_without_key(pm, node)?;
+        }
         head.write(pm, node)?;
         pool.end(pm, node)
     }
