@@ -68,7 +68,6 @@ pub(crate) struct Unplaced(u32);
 
 impl Unplaced {
     const NO_FRAME: Self = Self(ext::pmskb_unplaced_PMSKB_UNPLACED_NO_FRAME);
-    const NO_HEAD: Self = Self(ext::pmskb_unplaced_PMSKB_UNPLACED_NO_HEAD);
     const NO_MEM: Self = Self(ext::pmskb_unplaced_PMSKB_UNPLACED_NO_MEM);
     const SHAPE: Self = Self(ext::pmskb_unplaced_PMSKB_UNPLACED_SHAPE);
     const SIZE: Self = Self(ext::pmskb_unplaced_PMSKB_UNPLACED_SIZE);
@@ -574,6 +573,8 @@ struct Work {
     crc32c: bool,
     computed_bytes: u64,
     mismatch: bool,
+    /// The head area had no room for the head.
+    head_in_dram: bool,
 }
 
 /// Moves a segment's payload into frames. Softirq; under RCU, with the store live, and `Ctx::rx`.
@@ -620,7 +621,8 @@ fn place(
     let area = store.frames();
     let mut room = rx.cursor.reserve(area, segment.len, false)?;
     let filled = fill(skb, segment, &room, area, read).and_then(|sum| {
-        let fresh = body(skb, front, headers, store, &room)?;
+        let (fresh, dram) = body(skb, front, headers, store, &room)?;
+        work.head_in_dram = dram;
         Ok((sum, fresh))
     });
     let (sum, fresh) = match filled {
@@ -712,19 +714,19 @@ fn fill(
     Ok(Sum::from_wsum(sum))
 }
 
-/// A body with the packet's headers, and the bytes of `room`.
+/// A body with the packet's headers, and the bytes of `room`; and whether its head is in DRAM because
+/// the head area is full: whoever leaves packets unread takes no heads from the others.
 fn body(
     skb: &Arriving<'_>,
     front: usize,
     headers: usize,
     store: &Store,
     room: &Room,
-) -> Result<Fresh, Unplaced> {
+) -> Result<(Fresh, bool), Unplaced> {
     let size = (front + headers).next_multiple_of(64) + skb::shinfo_size();
-    let head = match store.heads() {
-        Some(heads) => Head::Pm(heads.alloc(size).ok_or(Unplaced::NO_HEAD)?),
-        None => Head::Dram(size),
-    };
+    let slot = store.heads().and_then(|heads| heads.alloc(size));
+    let full = slot.is_none() && store.heads().is_some();
+    let head = slot.map_or(Head::Dram(size), Head::Pm);
     let mut fresh = match Fresh::new(skb, head, front, headers) {
         Ok(fresh) => fresh,
         Err(head) => {
@@ -740,7 +742,7 @@ fn body(
         // SAFETY: The reference is for this; a span is within its frame.
         unsafe { fresh.add(page, span.off, span.len) };
     }
-    Ok(fresh)
+    Ok((fresh, full))
 }
 
 /// A packet at LOCAL_IN. Softirq, under RCU.
@@ -807,6 +809,7 @@ fn arrived(skb: &mut Arriving<'_>, net: Net, family: Family) {
         match &placed {
             Ok(note) => {
                 counters.placed.add(1);
+                counters.heads_in_dram.add(u64::from(work.head_in_dram));
                 counters.placed_bytes.add(u64::from(note.pkt_len));
                 match u32::from(note.kind) {
                     ext::pmskb_csum_kind_PMSKB_CSUM_DERIVED => counters.derived.add(1),

@@ -110,6 +110,7 @@ pub(crate) struct Counters {
     pub(crate) mismatch: Count,
     pub(crate) refused: Count,
     pub(crate) logged_bytes: Count,
+    pub(crate) heads_in_dram: Count,
 }
 
 /// A number that only grows, relaxed.
@@ -155,6 +156,7 @@ impl Counters {
             mismatch: self.mismatch.get(),
             refused: self.refused.get(),
             logged_bytes: self.logged_bytes.get(),
+            heads_in_dram: self.heads_in_dram.get(),
             ..Default::default()
         };
         for (to, from) in out.unplaced.iter_mut().zip(&self.unplaced) {

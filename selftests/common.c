@@ -333,7 +333,7 @@ int store_drained(const struct store *s, struct pmskb_store_info *info)
 
 const char *counters_since(const struct pmskb_counters *now, const struct pmskb_counters *was)
 {
-	static const char *const why[] = { "no_frame", "no_head", "no_mem", "shape", "size", "copy" };
+	static const char *const why[] = { "no_frame", "no_mem", "shape", "size", "copy" };
 	static char text[256];
 	int n, k;
 

@@ -65,15 +65,16 @@
 	STRUCT(pmskb_counters, 144) \
 		FIELD(pmskb_counters, placed, 0, 8) \
 		FIELD(pmskb_counters, placed_bytes, 8, 8) \
-		FIELD(pmskb_counters, unplaced, 16, 64) \
-		FIELD(pmskb_counters, copied_bytes, 80, 8) \
-		FIELD(pmskb_counters, derived, 88, 8) \
-		FIELD(pmskb_counters, hardware, 96, 8) \
-		FIELD(pmskb_counters, computed, 104, 8) \
-		FIELD(pmskb_counters, computed_bytes, 112, 8) \
-		FIELD(pmskb_counters, mismatch, 120, 8) \
-		FIELD(pmskb_counters, refused, 128, 8) \
-		FIELD(pmskb_counters, logged_bytes, 136, 8) \
+		FIELD(pmskb_counters, unplaced, 16, 56) \
+		FIELD(pmskb_counters, copied_bytes, 72, 8) \
+		FIELD(pmskb_counters, derived, 80, 8) \
+		FIELD(pmskb_counters, hardware, 88, 8) \
+		FIELD(pmskb_counters, computed, 96, 8) \
+		FIELD(pmskb_counters, computed_bytes, 104, 8) \
+		FIELD(pmskb_counters, mismatch, 112, 8) \
+		FIELD(pmskb_counters, refused, 120, 8) \
+		FIELD(pmskb_counters, logged_bytes, 128, 8) \
+		FIELD(pmskb_counters, heads_in_dram, 136, 8) \
 	STRUCT(pmskb_sock_info, 168) \
 		FIELD(pmskb_sock_info, store, 0, 4) \
 		FIELD(pmskb_sock_info, rx_mode, 4, 4) \

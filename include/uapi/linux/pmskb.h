@@ -371,7 +371,6 @@ struct pmskb_uring {
 /**
  * enum pmskb_unplaced - index into the unplaced counters
  * @PMSKB_UNPLACED_NO_FRAME: no free data frame
- * @PMSKB_UNPLACED_NO_HEAD: no free slot in the head area
  * @PMSKB_UNPLACED_NO_MEM: no kernel memory for the skb or its notes
  * @PMSKB_UNPLACED_SHAPE: a shape that is not handled (unreadable or device
  *	frags, GSO frag lists, headers that do not fit)
@@ -383,14 +382,13 @@ struct pmskb_uring {
  */
 enum pmskb_unplaced {
 	PMSKB_UNPLACED_NO_FRAME = 0,
-	PMSKB_UNPLACED_NO_HEAD = 1,
-	PMSKB_UNPLACED_NO_MEM = 2,
-	PMSKB_UNPLACED_SHAPE = 3,
-	PMSKB_UNPLACED_SIZE = 4,
-	PMSKB_UNPLACED_COPY = 5,
-	PMSKB_UNPLACED_QUOTA = 6,
-	PMSKB_UNPLACED_STORE_QUOTA = 7,
-	PMSKB_UNPLACED_NR = 8,
+	PMSKB_UNPLACED_NO_MEM = 1,
+	PMSKB_UNPLACED_SHAPE = 2,
+	PMSKB_UNPLACED_SIZE = 3,
+	PMSKB_UNPLACED_COPY = 4,
+	PMSKB_UNPLACED_QUOTA = 5,
+	PMSKB_UNPLACED_STORE_QUOTA = 6,
+	PMSKB_UNPLACED_NR = 7,
 };
 
 /**
@@ -408,6 +406,7 @@ enum pmskb_unplaced {
  * @refused: receives of descriptors that the socket's quota ended (EDQUOT, if there was
  *	nothing before)
  * @logged_bytes: payload bytes of which PMSKB_AUTO_PERSIST made records
+ * @heads_in_dram: packets placed whose heads are in DRAM, as the head area was full
  */
 struct pmskb_counters {
 	__u64 placed;
@@ -421,6 +420,7 @@ struct pmskb_counters {
 	__u64 mismatch;
 	__u64 refused;
 	__u64 logged_bytes;
+	__u64 heads_in_dram;
 };
 
 /**

@@ -135,6 +135,7 @@ fn traffic(info: &StoreInfo) -> Vec<Row> {
         ("packets placed", c.placed),
         ("bytes placed", c.placed_bytes),
         ("packets unplaced", c.unplaced.iter().sum()),
+        ("heads in DRAM, area full", c.heads_in_dram),
         ("bytes copied on receive", c.copied_bytes),
         ("checksums derived", c.derived),
         ("checksums of hardware", c.hardware),
@@ -149,7 +150,6 @@ fn traffic(info: &StoreInfo) -> Vec<Row> {
     ];
     let reasons = [
         "  no free frame",
-        "  no room for heads",
         "  no kernel memory",
         "  shape not handled",
         "  too large",
@@ -290,6 +290,7 @@ fn value(info: &StoreInfo) -> Value {
             "mismatch": c.mismatch,
             "refused": c.refused,
             "logged_bytes": c.logged_bytes,
+            "heads_in_dram": c.heads_in_dram,
         },
     });
     let numbers = json!({

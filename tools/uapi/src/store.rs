@@ -55,9 +55,8 @@ pub struct Scrubbed {
 const SCRUB_BAD: usize = 256;
 
 /// Names of the reasons why a packet was not placed, by `enum pmskb_unplaced`.
-pub const UNPLACED: [(&str, usize); 8] = [
+pub const UNPLACED: [(&str, usize); 7] = [
     ("no_frame", sys::PMSKB_UNPLACED_NO_FRAME as usize),
-    ("no_head", sys::PMSKB_UNPLACED_NO_HEAD as usize),
     ("no_mem", sys::PMSKB_UNPLACED_NO_MEM as usize),
     ("shape", sys::PMSKB_UNPLACED_SHAPE as usize),
     ("size", sys::PMSKB_UNPLACED_SIZE as usize),
