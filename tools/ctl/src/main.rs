@@ -6,6 +6,7 @@
 //! | --- | --- |
 //! | `admin.rs` | format, attach, detach |
 //! | `status.rs` | list, info |
+//! | `sockets.rs` | sockets |
 //! | `records.rs` | ls, get |
 //! | `change.rs` | del, truncate |
 //! | `upkeep.rs` | compact, scrub |
@@ -33,6 +34,7 @@ mod fsck;
 mod progress;
 mod records;
 mod select;
+mod sockets;
 mod source;
 mod status;
 mod text;
@@ -65,6 +67,8 @@ enum Command {
     List,
     /// Show a store's sizes and counters
     Info(status::Info),
+    /// Show attached sockets, of TCP and UDP, and whose they are
+    Sockets(sockets::Sockets),
     /// Show records
     Ls(records::Ls),
     /// Write an object's bytes
@@ -107,6 +111,7 @@ fn main() -> ExitCode {
         Command::Detach(a) => admin::detach(a, json),
         Command::List => status::list(json),
         Command::Info(a) => status::info(a, json),
+        Command::Sockets(a) => sockets::sockets(a, json),
         Command::Ls(a) => records::ls(a, json),
         Command::Get(a) => records::get(a, json),
         Command::Del(a) => change::del(a, json),
