@@ -154,7 +154,6 @@ fn submit(store: &Arc<Store>, mut caller: Caller<'_, '_>, header: ext::pmskb_sub
     let Array {
         ops, exts, pieces, ..
     } = &mut array;
-    pieces.reserve(exts.len(), GFP_KERNEL_ACCOUNT)?;
     let mut left = MAX_EXTENTS;
     for op in ops.iter_mut() {
         let first = pieces.len();
@@ -864,8 +863,9 @@ fn stage(
     Ok(())
 }
 
-/// Phase 4: the tokens of a put that succeeded, and those of a release, go. In an array that is all or nothing, and was done, a release gives back what
-/// is still held: [`check_releases`] saw its tokens, and another operation may name them too.
+/// Phase 4: the tokens of a put that succeeded, and those of a release, go. In an array that is all
+/// or nothing, and was done, a release gives back what is still held: [`check_releases`] saw its
+/// tokens, and another operation may name them too.
 fn finish(
     store: &Arc<Store>,
     caller: &mut Caller<'_, '_>,
@@ -1072,13 +1072,25 @@ impl<'a> Log<'a> {
         let mut extents = KVVec::new();
         let committed = store.core().and_then(|mut core| {
             let core = core.get()?;
-            for op in ops.iter_mut().take(composed) {
-                let staged = stage(core, op, pieces, keys, &mut extents);
-                if let Err(error) = staged {
-                    result = Err(error);
-                    break;
+            while let Some(op) = ops.get_mut(records).filter(|_| records < composed) {
+                match stage(core, op, pieces, keys, &mut extents) {
+                    Ok(()) => records += 1,
+                    Err(error) if error == ENOSPC && records == 0 && composed > 1 => {
+                        // The frames that the first one's record lacks may be those to which the
+                        // bytes of the later ones were copied: these come another time.
+                        let first = op.pieces.end;
+                        for piece in pieces.iter().skip(first) {
+                            unhold(store.frames(), piece);
+                        }
+                        pieces.truncate(first);
+                        ops.truncate(1);
+                        composed = 1;
+                    }
+                    Err(error) => {
+                        result = Err(error);
+                        break;
+                    }
                 }
-                records += 1;
             }
             core.commit().map_err(crate::errno)
         });

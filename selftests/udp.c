@@ -1929,33 +1929,43 @@ TEST_F(dgram, with_auto_persist_what_is_for_several_sockets_has_a_record_of_each
 /* With `merged`, five of them arrive as one packet and are received as one. */
 static void out_of_frames(struct __test_metadata *_metadata, struct store *s, const struct net *net, bool merged)
 {
-	enum { NR = 200, LEN = 1400, MERGED = 5 };
+	enum { NR = 200, LEN = 1400, MERGED = 5, SINGLE = 8 };
 	static uint8_t buf[LEN * MERGED];
 	static size_t len[NR];
 	static int fds[64];
 	size_t size = merged ? sizeof(buf) : LEN;
-	uint64_t pos = 0, all = (uint64_t)NR * LEN;
-	int n, err = 0, k, on = 1;
+	uint64_t pos, at, all = (uint64_t)NR * LEN;
+	int n, err = 0, k, on = 1, single[SINGLE], parts = 0;
 	struct pair p;
 
 	ASSERT_EQ(0, store_unlimited(s));
+	for (k = 0; k < SINGLE; k++) {
+		struct pmskb_alloc a = { .len = PMSKB_FRAME_SIZE };
+
+		ASSERT_EQ(0, ioctl(s->fd, PMSKB_IOC_ALLOC, &a));
+		single[k] = a.fd;
+	}
 	ASSERT_EQ(0, pair_make(&p, net, true));
 	ASSERT_EQ(0, sock_attach_ioctl(p.s, s->fd));
 	if (merged) {
 		ASSERT_EQ(0, setsockopt(p.s, SOL_UDP, UDP_GRO, &on, sizeof(on)));
 		ASSERT_EQ(0, setsockopt(p.c, SOL_UDP, UDP_SEGMENT, &(int) { LEN }, sizeof(int)));
 	}
-	n = store_scarce(s, 30, fds, ARRAY_LEN(fds));
-	ASSERT_LT(0, n);
 	ASSERT_EQ(0, set_auto(p.s, 1));
 	for (k = 0; k < NR; k++)
 		len[k] = LEN;
-	for (; pos < all; pos += size) {
-		fill(buf, size, 78, pos);
+	/* The log has its first frames. */
+	fill(buf, size, 78, 0);
+	ASSERT_EQ(size, send(p.c, buf, size, 0));
+	ASSERT_EQ(size, recv(p.s, buf, size, 0));
+	n = store_scarce(s, 30, fds, ARRAY_LEN(fds));
+	ASSERT_LT(0, n);
+	for (at = size; at < all; at += size) {
+		fill(buf, size, 78, at);
 		ASSERT_EQ(size, send(p.c, buf, size, 0));
 	}
 	/* The work item tries as well, again and again. */
-	for (pos = 0; pos < all; pos += size) {
+	for (pos = size; pos < all; pos += size) {
 		if (recv(p.s, buf, size, MSG_DONTWAIT) != (ssize_t)size) {
 			err = errno;
 			break;
@@ -1967,6 +1977,17 @@ static void out_of_frames(struct __test_metadata *_metadata, struct store *s, co
 	EXPECT_TRUE(err == ENOBUFS || err == ENOSPC) TH_LOG("%s", strerror(err));
 	for (k = 0; k < 20; k++)
 		EXPECT_GT(0, recv(p.s, buf, size, MSG_DONTWAIT));
+	/* A frame at a time: of a packet's datagrams there is room for two records. */
+	for (k = 0; k < SINGLE; k++) {
+		close(single[k]);
+		usleep(20000);
+		if (recv(p.s, buf, size, MSG_DONTWAIT) == (ssize_t)size) {
+			EXPECT_EQ(-1, differs(buf, size, 78, pos));
+			pos += size;
+		}
+		parts += logged_bytes(p.s) % size != 0;
+	}
+	EXPECT_TRUE(!merged || parts) TH_LOG("all of a packet or nothing each time");
 	while (n)
 		close(fds[--n]);
 	for (k = 0; pos < all;) {

@@ -6,8 +6,8 @@
 //! of its descriptor (`pidfd_getfd(2)`), so it takes the right to trace the process.
 
 use std::{
-    collections::BTreeMap,
-    fs,
+    collections::{btree_map::Entry, BTreeMap},
+    fs, io,
     net::SocketAddr,
     os::fd::{AsFd, OwnedFd},
     process::ExitCode,
@@ -16,6 +16,7 @@ use std::{
 use clap::Args;
 use pmskb_uapi::{socket, store::UNPLACED, sys};
 use rustix::{
+    fs::fstat,
     io::Errno,
     net::{getpeername, getsockname, sockopt::socket_type, SocketType},
     process::{pidfd_getfd, pidfd_open, Pid, PidfdFlags, PidfdGetfdFlags},
@@ -110,20 +111,28 @@ impl Row {
     }
 }
 
+/// A process's name, which it chooses.
 fn comm(pid: u32) -> String {
-    let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-    text::key(name.trim_end().as_bytes())
+    let name = fs::read(format!("/proc/{pid}/comm")).unwrap_or_default();
+    text::key(name.strip_suffix(b"\n").unwrap_or(&name))
 }
 
 /// Adds a process's attached sockets to `found`, by inode. An error if it may not be looked into.
 fn look(pid: u32, found: &mut BTreeMap<u64, Option<Row>>) -> Result<(), Errno> {
     let id = i32::try_from(pid).ok().and_then(Pid::from_raw);
     let id = id.ok_or(Errno::SRCH)?;
-    let dir = fs::read_dir(format!("/proc/{pid}/fd"));
-    let dir = dir.map_err(|e| Errno::from_io_error(&e).unwrap_or(Errno::IO))?;
-    let mut process = None;
+    let errno = |e: &io::Error| Errno::from_io_error(e).unwrap_or(Errno::IO);
+    // Before the directory is looked into: what it names is this process's.
+    let process = pidfd_open(id, PidfdFlags::empty())?;
+    let dir = fs::read_dir(format!("/proc/{pid}/fd")).map_err(|e| errno(&e))?;
     for entry in dir.flatten() {
-        let link = fs::read_link(entry.path()).unwrap_or_default();
+        let link = match fs::read_link(entry.path()) {
+            Ok(link) => link,
+            // The directory may be listed by some who may not see what is in it.
+            Err(e) if e.kind() == io::ErrorKind::PermissionDenied => return Err(errno(&e)),
+            // It was closed meanwhile.
+            Err(_) => continue,
+        };
         let link = link.to_string_lossy();
         let inode = link
             .strip_prefix("socket:[")
@@ -132,16 +141,13 @@ fn look(pid: u32, found: &mut BTreeMap<u64, Option<Row>>) -> Result<(), Errno> {
         let (Some(inode), Some(fd)) = (inode, fd) else {
             continue;
         };
-        if let std::collections::btree_map::Entry::Vacant(new) = found.entry(inode) {
-            let process = match &mut process {
-                Some(process) => process,
-                none => none.insert(pidfd_open(id, PidfdFlags::empty())?),
-            };
-            match pidfd_getfd(&*process, fd, PidfdGetfdFlags::empty()) {
+        if let Entry::Vacant(new) = found.entry(inode) {
+            match pidfd_getfd(&process, fd, PidfdGetfdFlags::empty()) {
+                // Another file may be there by now.
+                Ok(copy) if fstat(&copy)?.st_ino != inode => continue,
                 Ok(copy) => {
                     new.insert(Row::of(&copy));
                 }
-                // It was closed meanwhile.
                 Err(Errno::BADF) => continue,
                 Err(e) => return Err(e),
             }
@@ -192,7 +198,7 @@ pub fn sockets(a: &Sockets, json: bool) -> anyhow::Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     println!(
-        "{:<5} {:<7} {:<5} {:>7} {:>7} {:>10} {:>10} {:>9} {:<22} {:<22} PROCESS",
+        "{:<5} {:<7} {:<5} {:>7} {:>7} {:>10} {:>10} {:>9} {:<22} {:<22} PID:FD NAME",
         "PROTO",
         "STORE",
         "MODE",
@@ -209,7 +215,10 @@ pub fn sockets(a: &Sockets, json: bool) -> anyhow::Result<ExitCode> {
         let users: Vec<_> = row
             .users
             .iter()
-            .map(|(pid, fd)| format!("{}({pid}) fd {fd}", comm(*pid)))
+            .map(|(pid, fd)| {
+                let name = comm(*pid).replace('"', "\\\"");
+                format!("{pid}:{fd} \"{name}\"")
+            })
             .collect();
         println!(
             "{:<5} {:<7} {:<5} {:>7} {:>7} {:>10} {:>10} {:>9} {:<22} {:<22} {}",
