@@ -901,6 +901,25 @@ impl pm::Pmem for Region {
         Ok(())
     }
 
+    fn lower_bound(&self, off: u64, stride: usize, count: usize, value: u64) -> pm::Result<usize> {
+        let Some(last) = count.checked_sub(1) else {
+            return Ok(0);
+        };
+        let words = last.checked_mul(stride).ok_or(pm::Error::Invalid)?;
+        let words = self.words(off, words + 1)?;
+        let (mut low, mut high) = (0, count);
+        while low < high {
+            let mid = low + (high - low) / 2;
+            let word = words.get(mid * stride).ok_or(pm::Error::Invalid)?;
+            if u64::from_le(word.load(Ordering::Acquire)) < value {
+                low = mid + 1;
+            } else {
+                high = mid;
+            }
+        }
+        Ok(low)
+    }
+
     fn prefetch(&self, off: u64, len: u64) {
         let Ok(len) = usize::try_from(len) else {
             return;
@@ -968,6 +987,9 @@ impl pm::Pmem for Media {
     }
     fn shift(&self, from: u64, to: u64, words: usize) -> pm::Result<()> {
         self.0.shift(from, to, words)
+    }
+    fn lower_bound(&self, off: u64, stride: usize, count: usize, value: u64) -> pm::Result<usize> {
+        self.0.lower_bound(off, stride, count, value)
     }
     fn prefetch(&self, off: u64, len: u64) {
         self.0.prefetch(off, len)

@@ -231,11 +231,24 @@ pub(super) fn search<P: Pmem>(
         }
     }
     let prefix = key.prefix(pm, head.skip)?;
+    let below = |prefix| {
+        let first = head.at(node, head.low());
+        let count = head.count - head.low();
+        Ok(head.low() + pm.lower_bound(first, head.words(), count, prefix)?)
+    };
+    low = below(prefix)?;
+    let same = low < high && head.prefix(pm, node, low)? == prefix;
+    if !same || kind != Kind::Keys {
+        return Ok(Place {
+            at: low,
+            exact: same,
+        });
+    }
+    // Where prefixes tie, the keys themselves decide.
+    if let Some(next) = prefix.checked_add(1) {
+        high = below(next)?;
+    }
     let order_at = |index| {
-        let order = head.prefix(pm, node, index)?.cmp(&prefix);
-        if order != Ordering::Equal || kind != Kind::Keys {
-            return Ok(order);
-        }
         let other = key_of(pm, head.loc(pm, node, index)?)?;
         Ok(other.compare(pm, key, usize::MAX)?.0)
     };

@@ -55,6 +55,22 @@ pub trait Pmem {
         }
     }
 
+    /// Of `count` words, each `stride` words after the one before, in ascending order from `off` on, the
+    /// first that is not below `value`: its index, or `count`. If they are not in order, any index.
+    fn lower_bound(&self, off: u64, stride: usize, count: usize, value: u64) -> Result<usize> {
+        let (mut low, mut high) = (0, count);
+        while low < high {
+            let mid = low + (high - low) / 2;
+            let at = off.saturating_add((8 * stride * mid) as u64);
+            if self.load(at)? < value {
+                low = mid + 1;
+            } else {
+                high = mid;
+            }
+        }
+        Ok(low)
+    }
+
     /// Starts the write-back of all cache lines that the range touches.
     fn flush(&self, off: u64, len: u64) -> Result<()>;
 
@@ -96,6 +112,9 @@ impl<P: Pmem + ?Sized> Pmem for &P {
     }
     fn shift(&self, from: u64, to: u64, words: usize) -> Result<()> {
         (**self).shift(from, to, words)
+    }
+    fn lower_bound(&self, off: u64, stride: usize, count: usize, value: u64) -> Result<usize> {
+        (**self).lower_bound(off, stride, count, value)
     }
     fn flush(&self, off: u64, len: u64) -> Result<()> {
         (**self).flush(off, len)

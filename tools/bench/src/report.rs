@@ -37,6 +37,11 @@ pub struct Args {
 const FLOOR: &str = "discard";
 const RIVAL: &str = "copy-manage";
 
+/// What the modelled cache's misses cost, ns, and a cycle: those of the 2021 paper's machine.
+const DRAM_NS: f64 = 70.0;
+const PM_NS: f64 = 346.0;
+const CYCLES_PER_NS: f64 = 2.1;
+
 /// One contender under one load, counted.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Point {
@@ -114,6 +119,14 @@ impl Point {
     /// Instructions beyond those of a floor, without write-backs and fences.
     fn management(&self, floor: &Point) -> f64 {
         self.total() - self.of(Category::Flush) - (floor.total() - floor.of(Category::Flush))
+    }
+
+    /// Nanoseconds that the model says: an instruction a cycle, misses one after the other.
+    fn modelled(&self) -> f64 {
+        let m = &self.memory;
+        self.total() / CYCLES_PER_NS
+            + self.per(m.misses_dram) * DRAM_NS
+            + self.per(m.misses_pm) * PM_NS
     }
 
     /// Times the payload.
@@ -480,6 +493,32 @@ impl Results {
         out
     }
 
+    /// What the modelled cache had to fetch, if there was one.
+    fn misses(&self, load: (u64, u64)) -> Option<String> {
+        let points = || self.points.iter().filter(|p| p.load() == load);
+        if points().all(|p| p.memory.misses_dram == 0) {
+            return None;
+        }
+        let floor = self.point(FLOOR, load).map(Point::modelled);
+        let mut out = String::from(
+            "| contender | lines from DRAM | lines from PM | modelled time, us | of discard's |\n\
+             |---|--:|--:|--:|--:|\n",
+        );
+        for p in points() {
+            let time = p.modelled();
+            let _ = writeln!(
+                out,
+                "| {} | {:.1} | {:.1} | {:.2} | {} |",
+                p.contender,
+                p.per(p.memory.misses_dram),
+                p.per(p.memory.misses_pm),
+                time / 1000.0,
+                floor.map_or(String::new(), |f| format!("{:.2}", time / f)),
+            );
+        }
+        Some(out)
+    }
+
     /// The functions in which one contender executes more than another.
     fn difference(&self, of: &str, to: &str, load: (u64, u64), most: usize) -> Option<String> {
         let (of, to) = (self.point(of, load)?, self.point(to, load)?);
@@ -616,8 +655,13 @@ pub fn run(args: &Args) -> Result<()> {
         let connections = connections(n);
         let _ = write!(
             text,
-            "## {body} bytes, {connections}, for a request\n\n{}\n",
-            results.costs(load)
+            "## {body} bytes, {connections}, for a request\n\n{}\n{}",
+            results.costs(load),
+            results.misses(load).map_or(String::new(), |table| format!(
+                "By a model of one cache (data only; nothing that devices store is seen), with {DRAM_NS} ns \
+                 for a line from DRAM, {PM_NS} ns from persistent memory, {CYCLES_PER_NS} instructions a \
+                 nanosecond, and nothing at the same time:\n\n{table}\n"
+            ))
         );
         let bars: Vec<(String, Vec<f64>)> = results
             .points
@@ -761,6 +805,19 @@ mod tests {
         assert_eq!(rival.management(floor), 4.0);
         assert_eq!(rival.total(), 14.5);
         assert_eq!(floor.management(floor), 0.0);
+    }
+
+    #[test]
+    fn a_miss_costs_what_the_memory_costs() {
+        let mut r = results();
+        assert!(r.misses((1, 1024)).is_none());
+        r.points[2].memory.misses_dram = 300;
+        r.points[2].memory.misses_pm = 200;
+        // 11.5 instructions a request, 3 lines of DRAM, 2 of persistent memory.
+        let modelled = r.points[2].modelled();
+        assert!((modelled - (11.5 / 2.1 + 210.0 + 692.0)).abs() < 1e-9);
+        let table = r.misses((1, 1024)).unwrap();
+        assert!(table.contains("| pmskb | 3.0 | 2.0 | 0.91 |"), "{table}");
     }
 
     #[test]

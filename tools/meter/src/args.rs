@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 //! The plugin's arguments.
 
+use crate::cache::Cache;
 use pmskb_tcg::args::number;
 use std::path::PathBuf;
 
@@ -17,6 +18,8 @@ pub struct Args {
     pub fill: Option<u8>,
     /// Which accesses are looked at.
     pub memory: Accesses,
+    /// Size of the modelled cache, if there is one, and its ways.
+    pub cache: Option<(u64, usize)>,
 }
 
 /// Which accesses to memory are looked at: the more, the slower.
@@ -40,7 +43,9 @@ impl Args {
             size: 256 << 20,
             fill: None,
             memory: Accesses::All,
+            cache: None,
         };
+        let (mut size, mut ways) = (None, 16);
         let mut seen: Vec<&str> = Vec::new();
         for arg in args {
             let (key, value) = arg
@@ -57,6 +62,8 @@ impl Args {
                 "base" => parsed.base = number()?,
                 "size" => parsed.size = number()?,
                 "fill" => parsed.fill = Some(number()?.try_into().map_err(|_| bad())?),
+                "cache" => size = Some(number()?),
+                "ways" => ways = number()?.try_into().map_err(|_| bad())?,
                 "memory" => {
                     parsed.memory = match value {
                         "all" => Accesses::All,
@@ -71,6 +78,17 @@ impl Args {
         parsed.out = out.ok_or("out=PREFIX, where windows are written, is missing")?;
         if (parsed.base | parsed.size) % 64 != 0 || parsed.size == 0 {
             return Err("the persistent memory is not whole cache lines".into());
+        }
+        if let Some(size) = size {
+            if Cache::new(size, ways).is_none() {
+                return Err(format!(
+                    "cache={size},ways={ways}: not whole lines in each way"
+                ));
+            }
+            if parsed.memory != Accesses::All {
+                return Err("cache= needs memory=all".into());
+            }
+            parsed.cache = Some((size, ways));
         }
         Ok(parsed)
     }
@@ -92,6 +110,11 @@ mod tests {
         let a = parse("out=w").unwrap();
         assert_eq!((a.base, a.fill), (1 << 32, None));
         assert_eq!(a.memory, Accesses::All);
+        assert_eq!(a.cache, None);
+        let a = parse("out=w,cache=2M").unwrap();
+        assert_eq!(a.cache, Some((2 << 20, 16)));
+        let a = parse("out=w,ways=8,cache=1M").unwrap();
+        assert_eq!(a.cache, Some((1 << 20, 8)));
     }
 
     #[test]
@@ -106,6 +129,9 @@ mod tests {
             ("out=w,base=33", "whole cache lines"),
             ("out=w,size=20000000000000G", "not a number"),
             ("out=w,memory=some", "memory=some"),
+            ("out=w,cache=1000", "whole lines"),
+            ("out=w,cache=1M,ways=0", "whole lines"),
+            ("out=w,cache=1M,memory=stores", "memory=all"),
             ("out=w,stray", "stray"),
             ("out=w,pm=x", "pm= is unknown"),
         ] {

@@ -63,14 +63,22 @@ fn main() -> Result<()> {
     writeln!(out, "{:#?}", tally.memory)?;
     writeln!(
         out,
-        "{:>12} {:>10} {:>10} {:>10} {:>10}  function",
-        "instructions", "calls", "PM", "stored", "loaded"
+        "{:>12} {:>10} {:>10} {:>10} {:>10} {:>9} {:>9}  function",
+        "instructions", "calls", "PM", "stored", "loaded", "missed", "missed PM"
     )?;
     for row in tally.functions.iter().take(args.top) {
         writeln!(
             out,
-            "{:>12} {:>10} {:>10} {:>10} {:>10}  {} {}",
-            row.instructions, row.calls, row.pm, row.stored, row.loaded, row.place, row.name
+            "{:>12} {:>10} {:>10} {:>10} {:>10} {:>9} {:>9}  {} {}",
+            row.instructions,
+            row.calls,
+            row.pm,
+            row.stored,
+            row.loaded,
+            row.misses_dram,
+            row.misses_pm,
+            row.place,
+            row.name
         )?;
     }
     Ok(())

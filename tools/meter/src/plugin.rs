@@ -15,6 +15,7 @@
 //! every callback is an `extern "C"` function.
 
 use crate::args::{Accesses, Args};
+use crate::cache::Cache;
 use crate::lines::Lines;
 use crate::mark::Mark;
 use crate::window::{self, Memory, Window};
@@ -50,6 +51,23 @@ struct Block {
     pm: AtomicU64,
     stored: AtomicU64,
     loaded: AtomicU64,
+    misses_dram: AtomicU64,
+    misses_pm: AtomicU64,
+}
+
+impl Block {
+    /// Everything but how often it ran.
+    fn sums(&self) -> [&AtomicU64; 5] {
+        let Self {
+            runs: _,
+            pm,
+            stored,
+            loaded,
+            misses_dram,
+            misses_pm,
+        } = self;
+        [pm, stored, loaded, misses_dram, misses_pm]
+    }
 }
 
 macro_rules! sums {
@@ -69,7 +87,7 @@ macro_rules! sums {
 
 sums! {
     pm_stores, pm_bytes, pm_bytes_nt, flushes, fences, fences_empty,
-    payload_stored, payload_stored_pm, payload_loaded, unresolved,
+    payload_stored, payload_stored_pm, payload_loaded, unresolved, misses_dram, misses_pm,
 }
 
 fn add(counter: &AtomicU64, n: u64) {
@@ -86,6 +104,8 @@ struct Plugin {
     sites: Sites,
     translator: Translator,
     lines: Lines,
+    /// What the counted vCPU has in its cache, also between windows.
+    cache: Option<Mutex<Cache>>,
     sums: Sums,
     /// Where the kernel has the variables of the CPU that made the mark.
     marker: AtomicU64,
@@ -118,6 +138,10 @@ impl Plugin {
             sites: Sites::default(),
             translator: Translator::default(),
             lines: Lines::new(args.size),
+            cache: args
+                .cache
+                .and_then(|(size, ways)| Cache::new(size, ways))
+                .map(Mutex::new),
             sums: Sums::default(),
             marker: AtomicU64::new(0),
             waits: AtomicBool::new(false),
@@ -212,13 +236,15 @@ impl Plugin {
             .store(ptr::from_ref(block).cast_mut(), Ordering::Relaxed);
     }
 
-    /// The block that runs, if it counts.
-    fn current(&self) -> Option<&'static Block> {
-        if !self.counting() {
-            return None;
-        }
+    /// The block that the counted vCPU runs, in a window or not.
+    fn running(&self) -> Option<&'static Block> {
         // SAFETY: null, or a block that is kept for good and changed by atomic operations only.
         unsafe { self.current.load(Ordering::Relaxed).as_ref() }
+    }
+
+    /// The block that runs, if it counts.
+    fn current(&self) -> Option<&'static Block> {
+        self.running().filter(|_| self.counting())
     }
 
     fn mark(&self) {
@@ -236,7 +262,13 @@ impl Plugin {
                 None => eprintln!("meter: whose mark this is cannot be known"),
             },
             Some(Mark::End) => self.end(),
-            Some(Mark::Watch) => self.watch(true),
+            Some(Mark::Watch) => {
+                // Whose mark this is, is known before the first window: the cache fills.
+                if let Some(variables) = self.cpu_variables(&mut glass, registers) {
+                    self.marker.store(variables, Ordering::Relaxed);
+                }
+                self.watch(true)
+            }
             Some(Mark::Rest) => self.watch(false),
             None => eprintln!("meter: a mark that means nothing: {code:x?}"),
         }
@@ -255,7 +287,8 @@ impl Plugin {
         }
         let blocks = self.blocks.lock().expect("a callback panicked");
         for block in blocks.values() {
-            for counter in [&block.runs, &block.pm, &block.stored, &block.loaded] {
+            block.runs.store(0, Ordering::Relaxed);
+            for counter in block.sums() {
                 counter.store(0, Ordering::Relaxed);
             }
         }
@@ -289,13 +322,17 @@ impl Plugin {
         let blocks = self.blocks.lock().expect("a callback panicked");
         let ran = blocks.iter().filter_map(|(&(at, insns), block)| {
             let runs = block.runs.load(Ordering::Relaxed);
-            (runs > 0).then(|| window::Block {
+            let [pm, stored, loaded, misses_dram, misses_pm] =
+                block.sums().map(|sum| sum.load(Ordering::Relaxed));
+            (runs > 0).then_some(window::Block {
                 at,
                 insns,
                 runs,
-                pm: block.pm.load(Ordering::Relaxed),
-                stored: block.stored.load(Ordering::Relaxed),
-                loaded: block.loaded.load(Ordering::Relaxed),
+                pm,
+                stored,
+                loaded,
+                misses_dram,
+                misses_pm,
             })
         });
         let mut ran: Vec<_> = ran.collect();
@@ -361,7 +398,28 @@ impl Plugin {
         }
     }
 
+    /// The modelled cache sees an access, and fetches what it lacks.
+    fn fetch(&self, cache: &Mutex<Cache>, info: u32, vaddr: u64, block: &Block) {
+        let Some(access) = self.qemu.access(info, vaddr) else {
+            return; // a device's registers
+        };
+        let mut cache = cache.lock().expect("a callback panicked");
+        let missed = cache.touch(access.physical, access.len as u64);
+        if missed == 0 || !self.counting() {
+            return;
+        }
+        let (all, own) = match self.offset(access.physical) {
+            Some(_) => (&self.sums.misses_pm, &block.misses_pm),
+            None => (&self.sums.misses_dram, &block.misses_dram),
+        };
+        add(all, missed);
+        add(own, missed);
+    }
+
     fn access(&self, info: u32, vaddr: u64) {
+        if let (Some(cache), Some(block)) = (&self.cache, self.running()) {
+            self.fetch(cache, info, vaddr, block);
+        }
         let Some(block) = self.current() else {
             return;
         };
@@ -450,7 +508,7 @@ extern "C" fn on_mark(_: c_uint, _: *mut c_void) {
 
 extern "C" fn on_block(_: c_uint, data: *mut c_void) {
     let plugin = plugin();
-    if plugin.counting() {
+    if plugin.counting() || plugin.cache.is_some() {
         // SAFETY: instrument() passed a number of LENGTHS.
         let insns = unsafe { *data.cast_const().cast::<u64>() };
         plugin.block(insns);

@@ -23,6 +23,10 @@ pub struct Row {
     pub stored: u64,
     /// Payload bytes loaded.
     pub loaded: u64,
+    /// Lines that the modelled cache fetched from DRAM.
+    pub misses_dram: u64,
+    /// Those from persistent memory.
+    pub misses_pm: u64,
 }
 
 /// A window by symbol.
@@ -52,6 +56,8 @@ impl Tally {
             row.pm += block.pm;
             row.stored += block.stored;
             row.loaded += block.loaded;
+            row.misses_dram += block.misses_dram;
+            row.misses_pm += block.misses_pm;
             if first {
                 row.calls += block.runs;
             }
@@ -99,6 +105,8 @@ mod tests {
             pm: 0,
             stored,
             loaded: 2 * stored,
+            misses_dram: 1,
+            misses_pm: runs,
         };
         let window = Window {
             number: 3,
@@ -122,6 +130,7 @@ mod tests {
         let first = &tally.functions[0];
         assert_eq!((first.name.as_str(), first.instructions), ("memcpy", 408));
         assert_eq!((first.stored, first.loaded), (65, 130));
+        assert_eq!((first.misses_dram, first.misses_pm), (2, 104));
         assert_eq!(tally.functions.len(), 2);
     }
 }

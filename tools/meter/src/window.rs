@@ -45,6 +45,12 @@ pub struct Memory {
     pub payload_loaded: u64,
     /// Flushes whose address could not be found out.
     pub unresolved: u64,
+    /// Lines that the modelled cache had to fetch from DRAM.
+    #[serde(default)]
+    pub misses_dram: u64,
+    /// Those from persistent memory.
+    #[serde(default)]
+    pub misses_pm: u64,
 }
 
 /// Instructions that run one after the other.
@@ -62,4 +68,10 @@ pub struct Block {
     pub stored: u64,
     /// Payload bytes that they loaded.
     pub loaded: u64,
+    /// Lines that the modelled cache fetched for them from DRAM.
+    #[serde(default)]
+    pub misses_dram: u64,
+    /// Those from persistent memory.
+    #[serde(default)]
+    pub misses_pm: u64,
 }
