@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: GPL-2.0-only
+
+//! Fuzzers for the module itself. They run in a virtual machine: what they find may be the end of
+//! the kernel. All of it follows from a seed; a round depends on its number and the seed only.
+
+#![deny(unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks)]
+
+mod images;
+mod run;
+mod store;
+mod sys;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Fuzzes the pmskb module of the kernel that this runs on.
+///
+/// Destroys what is on the devices that it is given. Prints TAP.
+#[derive(Parser)]
+#[command(version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Damaged images are attached; what is attached is read and changed
+    Images(images::Images),
+}
+
+fn main() -> ExitCode {
+    let done = match Cli::parse().command {
+        Command::Images(a) => images::images(&a),
+    };
+    match done {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(e) => {
+            println!("Bail out! {e:#}");
+            ExitCode::from(2)
+        }
+    }
+}
