@@ -68,6 +68,8 @@ struct Base {
 #[derive(Default)]
 struct Tally {
     attached: u64,
+    /// Frames of which are counted twice, as the records say that they are.
+    twice: u64,
     read_only: u64,
     refused: BTreeMap<i32, u64>,
     records: u64,
@@ -114,7 +116,8 @@ pub fn images(a: &Images) -> anyhow::Result<bool> {
     let refused: Vec<String> = t.refused.iter().map(|(e, n)| format!("{} {n}", sys::name(*e))).collect();
     println!(
         "ok - images # {} damaged images: {} attached, {} of them to be read; refused: {}; {} records \
-         read, {} puts, {} of them found after another attach, of {} images",
+         read, {} puts, {} of them found after another attach, of {} images; {} times a frame was \
+         counted twice",
         run.rounds(),
         t.attached,
         t.read_only,
@@ -122,7 +125,8 @@ pub fn images(a: &Images) -> anyhow::Result<bool> {
         t.records,
         t.puts,
         t.kept,
-        t.compared
+        t.compared,
+        t.twice
     );
     Ok(true)
 }
@@ -193,7 +197,7 @@ impl Fuzzer {
         run.log.note("again");
         match self.control.attach(&self.arena, self.device, flags) {
             Ok(minor) => {
-                let found = self.found(minor, &kept);
+                let found = self.found(minor, &kept, done);
                 let gone = self.control.detach(&self.arena, minor, 5000);
                 found.context("after another attach")?;
                 ensure!(gone == Ok(0), "detach again: {}", sys::shown(gone));
@@ -221,7 +225,7 @@ impl Fuzzer {
         let node = store::node(minor, libc::O_RDWR)?;
         let closed = Closed(node);
         let info = store::info(&self.arena, node).map_err(|e| anyhow::anyhow!("INFO: {}", sys::name(e)))?;
-        store::adds_up(&info)?;
+        self.adds_up(&info, done)?;
         ensure!(
             (info.records, info.keys) == (records, keys),
             "{} records, {} keys; the core says {records}, {keys}",
@@ -258,11 +262,23 @@ impl Fuzzer {
             got.is(bytes)?;
         }
         let info = store::info(&self.arena, node).map_err(|e| anyhow::anyhow!("INFO: {}", sys::name(e)))?;
-        store::adds_up(&info)?;
+        self.adds_up(&info, done)?;
         // What can be said of the next attach depends on what is damaged; see the core's.
         let says = !failed && !read_only && self.in_order(node, base)?;
         drop(closed);
         Ok(says.then_some(right))
+    }
+
+    /// Frames by use are all frames; with forged records, one that is a list of two counts twice.
+    fn adds_up(&mut self, info: &uapi::pmskb_store_info, done: Done) -> anyhow::Result<()> {
+        let sum = store::adds_up(info);
+        if !done.forged {
+            return sum;
+        }
+        self.tally.twice += u64::from(sum.is_err());
+        let free = info.frames_free + info.frames_limbo + info.frames_bad;
+        ensure!(free <= info.frames_total, "too many free frames: {info:?}");
+        Ok(())
     }
 
     /// Whether sequence numbers are where the format has them, on the media as it is now.
@@ -448,10 +464,10 @@ impl Fuzzer {
         Ok(e == libc::EIO)
     }
 
-    fn found(&mut self, minor: u32, kept: &Option<BTreeMap<u64, Vec<u8>>>) -> anyhow::Result<()> {
+    fn found(&mut self, minor: u32, kept: &Option<BTreeMap<u64, Vec<u8>>>, done: Done) -> anyhow::Result<()> {
         let closed = Closed(store::node(minor, libc::O_RDWR)?);
         let info = store::info(&self.arena, closed.0).map_err(|e| anyhow::anyhow!("INFO: {}", sys::name(e)))?;
-        store::adds_up(&info)?;
+        self.adds_up(&info, done)?;
         self.tally.compared += u64::from(kept.is_some());
         for (seq, bytes) in kept.iter().flatten() {
             let got = store::get(&self.arena, closed.0, &[], *seq);

@@ -6,9 +6,11 @@
 #![deny(unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks)]
 
 mod images;
+mod packets;
 mod run;
 mod store;
 mod sys;
+mod wire;
 
 use std::process::ExitCode;
 
@@ -28,11 +30,14 @@ struct Cli {
 enum Command {
     /// Damaged images are attached; what is attached is read and changed
     Images(images::Images),
+    /// Packets that nobody sends, at attached sockets behind a tun device
+    Packets(packets::Packets),
 }
 
 fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Images(a) => images::images(&a),
+        Command::Packets(a) => packets::packets(&a),
     };
     match done {
         Ok(true) => ExitCode::SUCCESS,
