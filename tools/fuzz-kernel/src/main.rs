@@ -5,6 +5,7 @@
 
 #![deny(unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks)]
 
+mod calls;
 mod images;
 mod packets;
 mod run;
@@ -28,6 +29,8 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Calls of the interface, right and wrong ones, by one thread and by several
+    Calls(calls::Calls),
     /// Damaged images are attached; what is attached is read and changed
     Images(images::Images),
     /// Packets that nobody sends, at attached sockets behind a tun device
@@ -36,6 +39,7 @@ enum Command {
 
 fn main() -> ExitCode {
     let done = match Cli::parse().command {
+        Command::Calls(a) => calls::calls(&a),
         Command::Images(a) => images::images(&a),
         Command::Packets(a) => packets::packets(&a),
     };

@@ -58,20 +58,23 @@ impl Zeroed for libc::sockaddr_in {}
 impl Zeroed for libc::sockaddr_in6 {}
 
 /// Memory that the kernel reads and writes: pages that can be written, with one that cannot be
-/// touched on either side, and a page that can only be read.
+/// touched on either side, a page that can only be read, and single ones.
 pub struct Arena {
     base: u64,
     next: Cell<u64>,
+    last: Cell<u64>,
 }
 
 const PAGE: u64 = 4096;
 /// Pages that can be written.
 const PAGES: u64 = 256;
+/// Single pages that can be written, with nothing behind each; before them one to be read only.
+const ENDS: u64 = 64;
 
 impl Arena {
     /// A new one. It stays for good, as requests that are under way may write to it.
     pub fn new() -> io::Result<Self> {
-        let len = (PAGES + 4) * PAGE;
+        let len = (PAGES + 4 + 2 * ENDS) * PAGE;
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
         let map = syscall!(SYS_mmap, 0, len, libc::PROT_NONE, flags, -1i64, 0);
         let at = map.map_err(io::Error::from_raw_os_error)? as u64;
@@ -80,15 +83,15 @@ impl Arena {
             syscall!(SYS_mprotect, at + from * PAGE, pages * PAGE, prot)
                 .map_err(io::Error::from_raw_os_error)?;
         }
+        for end in 0..ENDS {
+            let page = at + (PAGES + 4 + 2 * end) * PAGE;
+            syscall!(SYS_mprotect, page, PAGE, both).map_err(io::Error::from_raw_os_error)?;
+        }
         Ok(Arena {
             base: at + PAGE,
             next: Cell::new(0),
+            last: Cell::new(0),
         })
-    }
-
-    /// All that was placed may be written over.
-    pub fn reset(&self) {
-        self.next.set(0);
     }
 
     /// Room for so many bytes, aligned to 8. It begins anew when it is full.
@@ -109,9 +112,14 @@ impl Arena {
         at
     }
 
-    /// Bytes at its end: behind them is nothing.
+    /// Bytes behind which is nothing, if they fit a page.
     pub fn place_last(&self, bytes: &[u8]) -> u64 {
-        let at = self.base + PAGES * PAGE - bytes.len() as u64;
+        if bytes.len() as u64 > PAGE {
+            return self.place(bytes);
+        }
+        let nr = self.last.get() % ENDS;
+        self.last.set(nr + 1);
+        let at = self.base + (PAGES + 4 + 2 * nr) * PAGE - bytes.len() as u64;
         self.put(at, bytes);
         at
     }
@@ -127,7 +135,12 @@ impl Arena {
     }
 
     fn inside(&self, at: u64, len: usize) -> bool {
-        at >= self.base && at + len as u64 <= self.base + PAGES * PAGE
+        let end = at + len as u64;
+        let many = at >= self.base && end <= self.base + PAGES * PAGE;
+        // Of the single ones, all within the same.
+        let first = self.base + (PAGES + 3) * PAGE;
+        let one = at >= first && end <= first + 2 * ENDS * PAGE && (at - first) % (2 * PAGE) + len as u64 <= PAGE;
+        many || one
     }
 
     fn put(&self, at: u64, bytes: &[u8]) {
@@ -302,4 +315,27 @@ pub fn partition(arena: &Arena, device: i32, nr: i32, start: u64, len: u64) -> R
     let ioctl = |op| syscall!(SYS_ioctl, device, BLKPG, arena.place(&bytes_of(&arg(op))));
     let _ = ioctl(2);
     ioctl(1)
+}
+
+/// An io_uring of which one request at a time is waited for.
+pub struct Ring(io_uring::IoUring);
+
+impl Ring {
+    /// A small one.
+    pub fn new() -> io::Result<Self> {
+        io_uring::IoUring::builder().build(16).map(Ring)
+    }
+
+    /// Carries requests out, in order if they are linked, and waits for so many completions, but
+    /// not for longer than that. Their results, of those that there are.
+    pub fn run(&mut self, requests: &[io_uring::squeue::Entry], wait: usize, ms: u32) -> Vec<(u64, i32)> {
+        // SAFETY: requests point into an arena, which stays for good, or nowhere.
+        if unsafe { self.0.submission().push_multiple(requests) }.is_err() {
+            return Vec::new();
+        }
+        let limit = io_uring::types::Timespec::new().sec(u64::from(ms / 1000)).nsec(ms % 1000 * 1_000_000);
+        let args = io_uring::types::SubmitArgs::new().timespec(&limit);
+        let _ = self.0.submitter().submit_with_args(wait, &args);
+        self.0.completion().map(|c| (c.user_data(), c.result())).collect()
+    }
 }
