@@ -21,8 +21,8 @@ use pmskb_uapi::{core::sim::Rng, sys as uapi};
 use crate::{
     run::{one_in, pick, Log, Options, Run},
     store::{self, Control},
-    syscall,
     sys::{self, bytes_of, Arena, Res, Ring, Zeroed},
+    syscall,
 };
 
 /// Options of `calls`.
@@ -156,7 +156,11 @@ pub fn calls(a: &Calls) -> anyhow::Result<bool> {
     );
     let mut by_call: BTreeMap<&str, Vec<String>> = BTreeMap::new();
     for (call, errno) in &seen {
-        let what = if *errno == 0 { "0".into() } else { sys::name(*errno) };
+        let what = if *errno == 0 {
+            "0".into()
+        } else {
+            sys::name(*errno)
+        };
         by_call.entry(call).or_default().push(what);
     }
     for (call, results) in by_call {
@@ -179,23 +183,46 @@ fn round(
     let arena = &arenas[0];
     let mut minors = [0; 2];
     for (device, minor) in devices.iter().zip(&mut minors) {
-        let flags = if one_in(&mut rng, 4) { uapi::PMSKB_FORMAT_HEADS_DRAM } else { 0 };
+        let flags = if one_in(&mut rng, 4) {
+            uapi::PMSKB_FORMAT_HEADS_DRAM
+        } else {
+            0
+        };
         let res = control.format(arena, *device, flags, 0);
         ensure!(res.is_ok(), "FORMAT: {}", sys::shown(res));
-        let flags = if one_in(&mut rng, 6) { uapi::PMSKB_ATTACH_CRC32C } else { 0 };
-        *minor = control.attach(arena, *device, flags).map_err(|e| anyhow::anyhow!("ATTACH: {}", sys::name(e)))?;
+        let flags = if one_in(&mut rng, 6) {
+            uapi::PMSKB_ATTACH_CRC32C
+        } else {
+            0
+        };
+        *minor = control
+            .attach(arena, *device, flags)
+            .map_err(|e| anyhow::anyhow!("ATTACH: {}", sys::name(e)))?;
     }
-    let threads = a.threads.unwrap_or(if one_in(&mut rng, 3) { 3 } else { 1 }).clamp(1, 3);
+    let threads = a
+        .threads
+        .unwrap_or(if one_in(&mut rng, 3) { 3 } else { 1 })
+        .clamp(1, 3);
     run.log.note(&format!("{threads} threads"));
     let at = arena.room(8);
     let pipe = syscall!(SYS_pipe2, at, libc::O_NONBLOCK | libc::O_CLOEXEC);
     ensure!(pipe.is_ok(), "pipe: {}", sys::shown(pipe));
     let pipe = [arena.get_as::<i32>(at), arena.get_as::<i32>(at + 4)];
-    let letters = syscall!(SYS_memfd_create, arena.place(b"letters\0"), libc::MFD_CLOEXEC);
+    let letters = syscall!(
+        SYS_memfd_create,
+        arena.place(b"letters\0"),
+        libc::MFD_CLOEXEC
+    );
     let letters = letters.map_err(|e| anyhow::anyhow!("memfd: {}", sys::name(e)))? as i32;
     let all: Vec<u8> = (0..65536).map(letter).collect();
     let _ = sys::pwrite(letters, &all, 0);
-    let unix = syscall!(SYS_socket, libc::AF_UNIX, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0).unwrap_or(-1) as i32;
+    let unix = syscall!(
+        SYS_socket,
+        libc::AF_UNIX,
+        libc::SOCK_STREAM | libc::SOCK_CLOEXEC,
+        0
+    )
+    .unwrap_or(-1) as i32;
     let world = World {
         control: control.fd(),
         devices,
@@ -210,7 +237,10 @@ fn round(
     for flags in [libc::O_RDWR, libc::O_RDWR, libc::O_RDONLY, libc::O_WRONLY] {
         world.pool().nodes.push(store::node(minors[0], flags)?);
     }
-    world.pool().nodes.push(store::node(minors[1], libc::O_RDWR)?);
+    world
+        .pool()
+        .nodes
+        .push(store::node(minors[1], libc::O_RDWR)?);
     let results: Vec<anyhow::Result<()>> = std::thread::scope(|scope| {
         let all: Vec<_> = (0..threads)
             .map(|t| {
@@ -221,7 +251,14 @@ fn round(
                 scope.spawn(move || {
                     let arena = arena;
                     let ring = Ring::new().ok();
-                    let mut thread = Thread { world, arena: arena.0, rng, ring, log, nr: t };
+                    let mut thread = Thread {
+                        world,
+                        arena: arena.0,
+                        rng,
+                        ring,
+                        log,
+                        nr: t,
+                    };
                     for _ in 0..a.ops / threads {
                         thread.step()?;
                     }
@@ -229,10 +266,19 @@ fn round(
                 })
             })
             .collect();
-        all.into_iter().map(|t| t.join().unwrap_or_else(|_| Err(anyhow::anyhow!("a thread panicked")))).collect()
+        all.into_iter()
+            .map(|t| {
+                t.join()
+                    .unwrap_or_else(|_| Err(anyhow::anyhow!("a thread panicked")))
+            })
+            .collect()
     });
     run.log.note("end");
-    let checked = if world.strict { check(&world, arena) } else { Ok(()) };
+    let checked = if world.strict {
+        check(&world, arena)
+    } else {
+        Ok(())
+    };
     close_all(&world);
     for fd in [pipe[0], pipe[1], letters, unix] {
         let _ = sys::close(fd);
@@ -258,12 +304,20 @@ fn round(
     }
     if nr % 4 == 0 {
         run.log.note("fsck");
-        let fsck = Command::new("pmskbctl").args(["fsck", "--image", image]).output()?;
-        ensure!(fsck.status.success(), "fsck: {}", String::from_utf8_lossy(&fsck.stdout));
+        let fsck = Command::new("pmskbctl")
+            .args(["fsck", "--image", image])
+            .output()?;
+        ensure!(
+            fsck.status.success(),
+            "fsck: {}",
+            String::from_utf8_lossy(&fsck.stdout)
+        );
     }
     if world.strict {
         run.log.note("again");
-        let minor = control.attach(arena, devices[0], 0).map_err(|e| anyhow::anyhow!("ATTACH: {}", sys::name(e)))?;
+        let minor = control
+            .attach(arena, devices[0], 0)
+            .map_err(|e| anyhow::anyhow!("ATTACH: {}", sys::name(e)))?;
         let node = store::node(minor, libc::O_RDONLY)?;
         world.pool().nodes.push(node);
         let checked = check(&world, arena);
@@ -272,7 +326,11 @@ fn round(
         checked.context("after another attach")?;
         ensure!(gone == Ok(0), "detach again: {}", sys::shown(gone));
     }
-    let seen = world.seen.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    let seen = world
+        .seen
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .clone();
     Ok(seen)
 }
 
@@ -289,13 +347,19 @@ fn check(world: &World, arena: &Arena) -> anyhow::Result<()> {
     let look = || -> anyhow::Result<()> {
         for (key, (seq, bytes)) in &pool.keys {
             let got = store::get(arena, node, key, 0);
-            let got = got.map_err(|e| anyhow::anyhow!("key {key:x?}, put {seq}: {}", sys::name(e)))?;
-            ensure!(got.said.seq == *seq, "key {key:x?} has record {}, not {seq}", got.said.seq);
+            let got =
+                got.map_err(|e| anyhow::anyhow!("key {key:x?}, put {seq}: {}", sys::name(e)))?;
+            ensure!(
+                got.said.seq == *seq,
+                "key {key:x?} has record {}, not {seq}",
+                got.said.seq
+            );
             got.is(bytes)?;
         }
         for (seq, bytes) in &pool.log {
             let got = store::get(arena, node, &[], *seq);
-            got.map_err(|e| anyhow::anyhow!("put {seq}: {}", sys::name(e)))?.is(bytes)?;
+            got.map_err(|e| anyhow::anyhow!("put {seq}: {}", sys::name(e)))?
+                .is(bytes)?;
         }
         Ok(())
     };
@@ -332,7 +396,14 @@ fn empty(arena: &Arena, minor: u32, run: &Run) -> anyhow::Result<()> {
     let mut left = String::new();
     for nr in 0..600 {
         let i = store::info(arena, node).map_err(|e| anyhow::anyhow!("INFO: {}", sys::name(e)))?;
-        if (i.sockets, i.tokens, i.frames_held, i.frames_limbo, i.frames_sockets) == (0, 0, 0, 0, 0) {
+        if (
+            i.sockets,
+            i.tokens,
+            i.frames_held,
+            i.frames_limbo,
+            i.frames_sockets,
+        ) == (0, 0, 0, 0, 0)
+        {
             let _ = sys::close(node);
             return store::adds_up(&i).context("at the end of a round");
         }
@@ -351,29 +422,71 @@ fn empty(arena: &Arena, minor: u32, run: &Run) -> anyhow::Result<()> {
 }
 
 use libc::{
-    E2BIG, EACCES, EAGAIN, EALREADY, EBADF, EBUSY, ECANCELED, ECONNRESET, EDQUOT, EEXIST, EFAULT, EFBIG, EINVAL,
-    EIO, EISCONN, EMSGSIZE, ENAMETOOLONG, ENOBUFS, ENODEV, ENOENT, ENOPROTOOPT, ENOSPC, ENOTBLK, ENOTCONN, ENOTSOCK,
-    ENOTTY, EOPNOTSUPP, EPERM, EPIPE, ESPIPE, ESTALE, EUNATCH, EXDEV, ENOMEM,
+    E2BIG, EACCES, EAGAIN, EALREADY, EBADF, EBUSY, ECANCELED, ECONNRESET, EDQUOT, EEXIST, EFAULT,
+    EFBIG, EINVAL, EIO, EISCONN, EMSGSIZE, ENAMETOOLONG, ENOBUFS, ENODEV, ENOENT, ENOMEM,
+    ENOPROTOOPT, ENOSPC, ENOTBLK, ENOTCONN, ENOTSOCK, ENOTTY, EOPNOTSUPP, EPERM, EPIPE, ESPIPE,
+    ESTALE, EUNATCH, EXDEV,
 };
 
 /// What is said of the wrong kind of descriptor, of any call.
-const OF_ANY: &[i32] = &[EBADF, ENOTSOCK, ENOTTY, EOPNOTSUPP, ENOPROTOOPT, EINVAL, ESPIPE, ENODEV, EACCES, EPERM];
+const OF_ANY: &[i32] = &[
+    EBADF,
+    ENOTSOCK,
+    ENOTTY,
+    EOPNOTSUPP,
+    ENOPROTOOPT,
+    EINVAL,
+    ESPIPE,
+    ENODEV,
+    EACCES,
+    EPERM,
+];
 const SUBMIT: &[i32] = &[EINVAL, E2BIG, EFAULT, EACCES];
 const OP: &[i32] = &[
-    EINVAL, EFAULT, ESTALE, EAGAIN, ECANCELED, ENAMETOOLONG, E2BIG, EFBIG, EEXIST, ENOENT, ENOSPC, EBADF, ENOTSOCK,
-    EOPNOTSUPP, EUNATCH, EXDEV,
+    EINVAL,
+    EFAULT,
+    ESTALE,
+    EAGAIN,
+    ECANCELED,
+    ENAMETOOLONG,
+    E2BIG,
+    EFBIG,
+    EEXIST,
+    ENOENT,
+    ENOSPC,
+    EBADF,
+    ENOTSOCK,
+    EOPNOTSUPP,
+    EUNATCH,
+    EXDEV,
 ];
-const RECV: &[i32] = &[EAGAIN, EMSGSIZE, EDQUOT, ENOBUFS, EFAULT, ENOSPC, EINVAL, ECONNRESET, ENOTCONN, EUNATCH];
+const RECV: &[i32] = &[
+    EAGAIN, EMSGSIZE, EDQUOT, ENOBUFS, EFAULT, ENOSPC, EINVAL, ECONNRESET, ENOTCONN, EUNATCH,
+];
 
 impl Thread<'_> {
     /// A result that the documentation has of that call, or none of any.
-    fn expect(&self, what: &'static str, res: Res, may: &[&[i32]], wrong: bool) -> anyhow::Result<()> {
-        self.world.seen.lock().unwrap_or_else(PoisonError::into_inner).insert((what, res.err().unwrap_or(0)));
+    fn expect(
+        &self,
+        what: &'static str,
+        res: Res,
+        may: &[&[i32]],
+        wrong: bool,
+    ) -> anyhow::Result<()> {
+        self.world
+            .seen
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert((what, res.err().unwrap_or(0)));
         let Err(e) = res else { return Ok(()) };
         let known = may.iter().any(|some| some.contains(&e));
         // With others at work, a descriptor may be anything by now.
         let other = (wrong || !self.world.strict) && OF_ANY.contains(&e);
-        let race = !self.world.strict && [EPIPE, ECONNRESET, ENOTCONN, EISCONN, EUNATCH, EBUSY, EFAULT, EAGAIN].contains(&e);
+        let race = !self.world.strict
+            && [
+                EPIPE, ECONNRESET, ENOTCONN, EISCONN, EUNATCH, EBUSY, EFAULT, EAGAIN,
+            ]
+            .contains(&e);
         ensure!(known || other || race, "{what}: {}", sys::name(e));
         Ok(())
     }
@@ -395,7 +508,18 @@ impl Thread<'_> {
         if !wrong || one_in(&mut self.rng, 3) {
             return right;
         }
-        let near = [0, 1, right.wrapping_sub(1), right + 1, right * 2, 4096, 0xffff_ffff, 1 << 31, u64::MAX, 7];
+        let near = [
+            0,
+            1,
+            right.wrapping_sub(1),
+            right + 1,
+            right * 2,
+            4096,
+            0xffff_ffff,
+            1 << 31,
+            u64::MAX,
+            7,
+        ];
         *pick(&mut self.rng, &near)
     }
 
@@ -404,7 +528,17 @@ impl Thread<'_> {
         if wrong && one_in(&mut self.rng, 4) {
             let half = bytes.len() as u64 / 2;
             let nothing = self.arena.nothing();
-            return *pick(&mut self.rng, &[0, 1, nothing, nothing - half, 0xffff_8880_0000_0000, u64::MAX - 7]);
+            return *pick(
+                &mut self.rng,
+                &[
+                    0,
+                    1,
+                    nothing,
+                    nothing - half,
+                    0xffff_8880_0000_0000,
+                    u64::MAX - 7,
+                ],
+            );
         }
         if one_in(&mut self.rng, 8) {
             return self.arena.place_last(bytes);
@@ -444,6 +578,16 @@ impl Thread<'_> {
         self.sock().map_or(-1, |s| s.fd)
     }
 
+    /// Most often one that holds something.
+    fn holder(&mut self, wrong: bool) -> i32 {
+        let pool = self.world.pool();
+        if pool.tokens.is_empty() || one_in(&mut self.rng, 4) {
+            drop(pool);
+            return self.sock_fd(wrong);
+        }
+        pick(&mut self.rng, &pool.tokens).fd
+    }
+
     fn step(&mut self) -> anyhow::Result<()> {
         match self.rng.below(64) {
             0 => self.open_node(),
@@ -475,7 +619,10 @@ impl Thread<'_> {
 
     fn open_node(&mut self) -> anyhow::Result<()> {
         let minor = self.world.minors[usize::from(one_in(&mut self.rng, 4))];
-        let flags = *pick(&mut self.rng, &[libc::O_RDWR, libc::O_RDONLY, libc::O_WRONLY]);
+        let flags = *pick(
+            &mut self.rng,
+            &[libc::O_RDWR, libc::O_RDONLY, libc::O_WRONLY],
+        );
         self.note("open");
         let mut pool = self.world.pool();
         if pool.nodes.len() < 8 {
@@ -567,7 +714,11 @@ impl Thread<'_> {
         let (tcp, v4) = (!one_in(&mut self.rng, 3), one_in(&mut self.rng, 2));
         self.note(&format!("connect {tcp} {v4}"));
         let family = if v4 { libc::AF_INET } else { libc::AF_INET6 };
-        let kind = if tcp { libc::SOCK_STREAM } else { libc::SOCK_DGRAM } | libc::SOCK_CLOEXEC;
+        let kind = if tcp {
+            libc::SOCK_STREAM
+        } else {
+            libc::SOCK_DGRAM
+        } | libc::SOCK_CLOEXEC;
         let address = if v4 {
             let mut a = libc::sockaddr_in::zeroed();
             a.sin_family = libc::AF_INET as u16;
@@ -604,21 +755,36 @@ impl Thread<'_> {
             Err(_) => return Ok(()),
         };
         // A splice that finds nothing waits for so long.
-        let at = self.arena.place(&[0u64.to_ne_bytes(), 20_000u64.to_ne_bytes()].concat());
-        let _ = syscall!(SYS_setsockopt, fd, libc::SOL_SOCKET, libc::SO_RCVTIMEO, at, 16);
+        let at = self
+            .arena
+            .place(&[0u64.to_ne_bytes(), 20_000u64.to_ne_bytes()].concat());
+        let _ = syscall!(
+            SYS_setsockopt,
+            fd,
+            libc::SOL_SOCKET,
+            libc::SO_RCVTIMEO,
+            at,
+            16
+        );
         // Most are to be attached.
         if !one_in(&mut self.rng, 4) {
             let node = self.world.pool().nodes.first().copied().unwrap_or(-1);
             let at = self.arena.place(&fd.to_ne_bytes());
             let res = syscall!(SYS_ioctl, node, uapi::IOC_ATTACH_SOCKET, at);
             self.expect("ATTACH_SOCKET", res, &[], false)?;
-            if one_in(&mut self.rng, 2) {
+            if !one_in(&mut self.rng, 4) {
                 let at = self.arena.place(&uapi::PMSKB_RX_DESC.to_ne_bytes());
                 let res = syscall!(SYS_setsockopt, fd, SOL, uapi::PMSKB_RX_MODE, at, 4);
                 self.expect("RX_MODE", res, &[], false)?;
             }
         }
-        self.world.pool().socks.push(Sock { fd, peer, tcp, sent: 0, received: Some(0) });
+        self.world.pool().socks.push(Sock {
+            fd,
+            peer,
+            tcp,
+            sent: 0,
+            received: Some(0),
+        });
         Ok(())
     }
 
@@ -629,13 +795,30 @@ impl Thread<'_> {
         let node = self.node(wrong);
         match self.rng.below(3) {
             0 => {
-                let names: [&[u8]; 5] = [b"pmskb", b"pmskb\0", b"tls", b"pmskbpmskbpmskbpmskb", b""];
+                let names: [&[u8]; 5] =
+                    [b"pmskb", b"pmskb\0", b"tls", b"pmskbpmskbpmskbpmskb", b""];
                 let name = *pick(&mut self.rng, &names);
                 let at = self.place(name, wrong);
                 self.note(&format!("ULP {fd} {name:?}"));
-                let res = syscall!(SYS_setsockopt, fd, libc::SOL_TCP, libc::TCP_ULP, at, name.len());
+                let res = syscall!(
+                    SYS_setsockopt,
+                    fd,
+                    libc::SOL_TCP,
+                    libc::TCP_ULP,
+                    at,
+                    name.len()
+                );
                 // The last two are of UDP, and of no such name.
-                let may = &[EEXIST, EBUSY, EINVAL, EFAULT, ENOPROTOOPT, ENOENT, ENOTCONN, EOPNOTSUPP];
+                let may = &[
+                    EEXIST,
+                    EBUSY,
+                    EINVAL,
+                    EFAULT,
+                    ENOPROTOOPT,
+                    ENOENT,
+                    ENOTCONN,
+                    EOPNOTSUPP,
+                ];
                 self.expect("TCP_ULP", res, &[may], true)
             }
             1 => {
@@ -643,14 +826,25 @@ impl Thread<'_> {
                 let len = self.odd(4, wrong);
                 self.note(&format!("ATTACH {fd} {node} {len}"));
                 let res = syscall!(SYS_setsockopt, fd, SOL, uapi::PMSKB_ATTACH, at, len as u32);
-                let may = &[EBADF, EBUSY, EALREADY, EINVAL, EACCES, ENOPROTOOPT, EFAULT, EOPNOTSUPP];
+                let may = &[
+                    EBADF,
+                    EBUSY,
+                    EALREADY,
+                    EINVAL,
+                    EACCES,
+                    ENOPROTOOPT,
+                    EFAULT,
+                    EOPNOTSUPP,
+                ];
                 self.expect("ATTACH", res, &[may], wrong)
             }
             _ => {
                 let at = self.place(&fd.to_ne_bytes(), wrong);
                 self.note(&format!("ATTACH_SOCKET {node} {fd}"));
                 let res = syscall!(SYS_ioctl, node, uapi::IOC_ATTACH_SOCKET, at);
-                let may = &[EBADF, ENOTSOCK, EOPNOTSUPP, EBUSY, EALREADY, EACCES, EFAULT, EINVAL];
+                let may = &[
+                    EBADF, ENOTSOCK, EOPNOTSUPP, EBUSY, EALREADY, EACCES, EFAULT, EINVAL,
+                ];
                 self.expect("ATTACH_SOCKET", res, &[may], wrong)
             }
         }
@@ -663,10 +857,25 @@ impl Thread<'_> {
         let wrong = wrong || fd < 0;
         let word = |v: u32| v.to_ne_bytes().to_vec();
         let (name, value, may): (&'static str, Vec<u8>, &[i32]) = match self.rng.below(6) {
-            0..=1 => ("RX_MODE", word(*pick(&mut self.rng, &[0, 1, 1, if wrong { 2 } else { 1 }])), &[]),
+            0..=1 => (
+                "RX_MODE",
+                word(*pick(&mut self.rng, &[0, 1, 1, if wrong { 2 } else { 1 }])),
+                &[],
+            ),
             2 => ("CRC32C", word(self.odd(1, wrong) as u32), &[]),
-            3 => ("AUTO_PERSIST", word(*pick(&mut self.rng, &[0, 1, if wrong { 2 } else { 0 }])), &[EBUSY]),
-            4 => ("RX_COPY", word(*pick(&mut self.rng, &[0, 1, 100, 65536, 65537, 0xffff_ffff])), &[]),
+            3 => (
+                "AUTO_PERSIST",
+                word(*pick(&mut self.rng, &[0, 1, if wrong { 2 } else { 0 }])),
+                &[EBUSY],
+            ),
+            4 => (
+                "RX_COPY",
+                word(*pick(
+                    &mut self.rng,
+                    &[0, 1, 100, 65536, 65537, 0xffff_ffff],
+                )),
+                &[],
+            ),
             _ => {
                 let quota = uapi::pmskb_quota {
                     frames: *pick(&mut self.rng, &[0, 0, 31, 32, 33, 100, 1 << 30]),
@@ -687,7 +896,12 @@ impl Thread<'_> {
         let len = self.odd(value.len() as u64, wrong);
         self.note(&format!("{name} {fd} {value:?} {len}"));
         let res = syscall!(SYS_setsockopt, fd, SOL, number, at, len as u32);
-        self.expect(name, res, &[&[EINVAL, EFAULT, EUNATCH, ENOPROTOOPT, EOPNOTSUPP], may], wrong)
+        self.expect(
+            name,
+            res,
+            &[&[EINVAL, EFAULT, EUNATCH, ENOPROTOOPT, EOPNOTSUPP], may],
+            wrong,
+        )
     }
 
     fn get_option(&mut self) -> anyhow::Result<()> {
@@ -697,10 +911,19 @@ impl Thread<'_> {
         let name = self.rng.below(12) as u32;
         let room = *pick(&mut self.rng, &[0u32, 3, 4, 8, 16, 200, 4000, 0xffff_ffff]);
         let len = self.place(&room.to_ne_bytes(), wrong);
-        let at = if wrong { self.arena.read_only() } else { self.arena.room(4000) };
+        let at = if wrong {
+            self.arena.read_only()
+        } else {
+            self.arena.room(4000)
+        };
         self.note(&format!("getsockopt {fd} {name} {room}"));
         let res = syscall!(SYS_getsockopt, fd, SOL, name, at, len);
-        self.expect("getsockopt", res, &[&[EINVAL, EFAULT, EUNATCH, ENOPROTOOPT, EOPNOTSUPP]], wrong)
+        self.expect(
+            "getsockopt",
+            res,
+            &[&[EINVAL, EFAULT, EUNATCH, ENOPROTOOPT, EOPNOTSUPP]],
+            wrong,
+        )
     }
 
     /// The peer sends.
@@ -720,7 +943,11 @@ impl Thread<'_> {
         } else {
             // The first eight say where the others are from.
             let tail = (8..len).map(|n| letter(from.wrapping_mul(77) + n));
-            from.to_ne_bytes().into_iter().chain(tail).take(len as usize).collect()
+            from.to_ne_bytes()
+                .into_iter()
+                .chain(tail)
+                .take(len as usize)
+                .collect()
         };
         let to = self.arena.place(&bytes);
         let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
@@ -731,7 +958,12 @@ impl Thread<'_> {
         let note = format!("send {} {len} {}", sock.peer, sys::shown(res));
         drop(pool);
         self.note(&note);
-        self.expect("send", res, &[&[EAGAIN, EPIPE, ECONNRESET, libc::ECONNREFUSED, ENOBUFS]], false)
+        self.expect(
+            "send",
+            res,
+            &[&[EAGAIN, EPIPE, ECONNRESET, libc::ECONNREFUSED, ENOBUFS]],
+            false,
+        )
     }
 
     /// Reads what a record or a token has, from the store.
@@ -749,7 +981,9 @@ impl Thread<'_> {
     }
 
     fn receive(&mut self) -> anyhow::Result<()> {
-        let Some(sock) = self.sock() else { return self.connect() };
+        let Some(sock) = self.sock() else {
+            return self.connect();
+        };
         let wrong = self.wrong();
         let room = *pick(&mut self.rng, &[0usize, 1, 2, 16, 64]) * SPACE;
         let want = *pick(&mut self.rng, &[0u64, 1, 1000, 9000, 70000]);
@@ -764,14 +998,24 @@ impl Thread<'_> {
                     control_right = false;
                 }
                 2 => {
-                    control = *pick(&mut self.rng, &[0, self.arena.nothing(), self.arena.read_only()]);
+                    control = *pick(
+                        &mut self.rng,
+                        &[0, self.arena.nothing(), self.arena.read_only()],
+                    );
                     control_right = false;
                 }
                 _ => (),
             }
         }
-        let iov_at = if wrong && one_in(&mut self.rng, 3) { self.arena.nothing() } else { to };
-        let iov = libc::iovec { iov_base: iov_at as *mut libc::c_void, iov_len: want as usize };
+        let iov_at = if wrong && one_in(&mut self.rng, 3) {
+            self.arena.nothing()
+        } else {
+            to
+        };
+        let iov = libc::iovec {
+            iov_base: iov_at as *mut libc::c_void,
+            iov_len: want as usize,
+        };
         let mut msg = libc::msghdr::zeroed();
         msg.msg_iov = self.arena.place(&bytes_of(&iov)) as *mut libc::iovec;
         msg.msg_iovlen = usize::from(!(want == 0 && one_in(&mut self.rng, 2))) as _;
@@ -781,9 +1025,21 @@ impl Thread<'_> {
         let peek = one_in(&mut self.rng, 8);
         let mut flags = libc::MSG_DONTWAIT | if peek { libc::MSG_PEEK } else { 0 };
         if wrong && one_in(&mut self.rng, 3) {
-            flags |= *pick(&mut self.rng, &[libc::MSG_OOB, libc::MSG_ERRQUEUE, libc::MSG_TRUNC, libc::MSG_WAITALL]);
+            flags |= *pick(
+                &mut self.rng,
+                &[
+                    libc::MSG_OOB,
+                    libc::MSG_ERRQUEUE,
+                    libc::MSG_TRUNC,
+                    libc::MSG_WAITALL,
+                ],
+            );
         }
-        self.note(&format!("recvmsg {} {room_said} {want} {flags:x} {}", sock.fd, iov_at == to && control_right));
+        self.note(&format!(
+            "recvmsg {} {room_said} {want} {flags:x} {}",
+            sock.fd,
+            iov_at == to && control_right
+        ));
         let many = one_in(&mut self.rng, 8);
         let res = if many {
             let mut two = libc::mmsghdr::zeroed();
@@ -821,12 +1077,22 @@ impl Thread<'_> {
             let d: uapi::pmskb_desc = self.arena.get_as(control + off + 16);
             off += step.next_multiple_of(8);
             let bytes = self.at_store(d.offset, d.len);
-            if self.world.strict && d.flags & uapi::PMSKB_DESC_PARTIAL == 0 && u32::from(d.csum_kind) != 0 {
+            if self.world.strict
+                && d.flags & uapi::PMSKB_DESC_PARTIAL == 0
+                && u32::from(d.csum_kind) != 0
+            {
                 let right = store::sum_of(&bytes);
-                ensure!(right == d.csum, "the sum is {right:#x}, and not that of {d:?}");
+                ensure!(
+                    right == d.csum,
+                    "the sum is {right:#x}, and not that of {d:?}"
+                );
             }
             got.extend(&bytes);
-            found.push(Token { fd: sock.fd, number: d.token, bytes });
+            found.push(Token {
+                fd: sock.fd,
+                number: d.token,
+                bytes,
+            });
         }
         let described = !found.is_empty();
         let mut pool = self.world.pool();
@@ -840,20 +1106,36 @@ impl Thread<'_> {
             // Of an empty datagram there is nothing, and of the stream's end.
             got = self.arena.get(to, (n as u64).min(want) as usize);
         }
-        let Some(known) = pool.socks.iter_mut().find(|s| s.fd == sock.fd) else { return Ok(()) };
+        let Some(known) = pool.socks.iter_mut().find(|s| s.fd == sock.fd) else {
+            return Ok(());
+        };
         if sock.tcp {
-            ensure!(got.len() as i64 == n, "{n} bytes, {} of them known", got.len());
+            ensure!(
+                got.len() as i64 == n,
+                "{n} bytes, {} of them known",
+                got.len()
+            );
             if let Some(start) = known.received {
-                let same = got.iter().enumerate().position(|(k, b)| *b != letter(start + k as u64));
-                ensure!(same.is_none(), "byte {start} + {same:?} is not what was sent");
+                let same = got
+                    .iter()
+                    .enumerate()
+                    .position(|(k, b)| *b != letter(start + k as u64));
+                ensure!(
+                    same.is_none(),
+                    "byte {start} + {same:?} is not what was sent"
+                );
                 if !peek {
                     known.received = Some(start + n as u64);
                 }
             }
         } else if got.len() >= 8 {
             let from = u64::from_ne_bytes(got[..8].try_into()?);
-            let same = (8..got.len()).position(|k| got[k] != letter(from.wrapping_mul(77) + k as u64));
-            ensure!(same.is_none(), "a datagram is not what was sent at {same:?}");
+            let same =
+                (8..got.len()).position(|k| got[k] != letter(from.wrapping_mul(77) + k as u64));
+            ensure!(
+                same.is_none(),
+                "a datagram is not what was sent at {same:?}"
+            );
         }
         Ok(())
     }
@@ -866,7 +1148,9 @@ impl Thread<'_> {
 
     /// By other calls, which do not say what.
     fn receive_otherwise(&mut self) -> anyhow::Result<()> {
-        let Some(sock) = self.sock() else { return Ok(()) };
+        let Some(sock) = self.sock() else {
+            return Ok(());
+        };
         self.lost(sock.fd);
         let to = self.arena.room(9000);
         let p = self.world.pipe;
@@ -883,24 +1167,38 @@ impl Thread<'_> {
                 let polls = [sock.fd.to_ne_bytes(), 0x7ffu32.to_ne_bytes()].concat();
                 syscall!(SYS_poll, self.arena.place(&polls), 1, 0)
             }
-            _ => syscall!(SYS_recvfrom, sock.fd, to, 0, libc::MSG_DONTWAIT | libc::MSG_PEEK, 0, 0),
+            _ => syscall!(
+                SYS_recvfrom,
+                sock.fd,
+                to,
+                0,
+                libc::MSG_DONTWAIT | libc::MSG_PEEK,
+                0,
+                0
+            ),
         };
         self.expect("recv", res, &[RECV], false)
     }
 
     fn release(&mut self) -> anyhow::Result<()> {
         let wrong = self.wrong();
-        let fd = self.sock_fd(wrong);
+        let fd = self.holder(wrong);
         let wrong = wrong || fd < 0;
         let mut pool = self.world.pool();
-        let (mut mine, others): (Vec<Token>, Vec<Token>) = std::mem::take(&mut pool.tokens).into_iter().partition(|t| t.fd == fd);
+        let (mut mine, others): (Vec<Token>, Vec<Token>) = std::mem::take(&mut pool.tokens)
+            .into_iter()
+            .partition(|t| t.fd == fd);
         pool.tokens = others;
         let keep = self.rng.below(mine.len() as u64 + 1) as usize;
         let go = mine.split_off(keep.min(mine.len()));
         pool.tokens.extend(mine);
         let mut ranges: Vec<[u32; 2]> = go.iter().map(|t| [t.number, 1]).collect();
         if wrong || ranges.is_empty() {
-            let stale = pool.stale.iter().filter(|t| t.fd == fd).map(|t| [t.number, 1]);
+            let stale = pool
+                .stale
+                .iter()
+                .filter(|t| t.fd == fd)
+                .map(|t| [t.number, 1]);
             ranges.extend(stale.take(3));
             let any = [[0, 1], [0, 0], [1, 0xffff_ffff], [0xffff_ffff, 1], [5, 3]];
             ranges.push(*pick(&mut self.rng, &any));
@@ -911,7 +1209,11 @@ impl Thread<'_> {
         let excess = pool.stale.len().saturating_sub(50);
         pool.stale.drain(..excess);
         drop(pool);
-        let bytes: Vec<u8> = ranges.iter().flatten().flat_map(|n| n.to_ne_bytes()).collect();
+        let bytes: Vec<u8> = ranges
+            .iter()
+            .flatten()
+            .flat_map(|n| n.to_ne_bytes())
+            .collect();
         let at = self.place(&bytes, wrong);
         let len = self.odd(bytes.len() as u64, wrong);
         self.note(&format!("RELEASE {fd} {ranges:?} {len}"));
@@ -932,7 +1234,7 @@ impl Thread<'_> {
     fn submit(&mut self) -> anyhow::Result<()> {
         let wrong = self.wrong();
         let by_option = one_in(&mut self.rng, 3);
-        let fd = self.sock_fd(wrong);
+        let fd = self.holder(wrong);
         let wrong = wrong || fd < 0;
         let most = *pick(&mut self.rng, &[2, 2, 2, 8]);
         let nr = 1 + self.rng.below(most);
@@ -943,7 +1245,10 @@ impl Thread<'_> {
         let flags = *pick(&mut self.rng, &[0, 0, 0, 1, 2, 3]);
         let raw: Vec<u8> = ops.iter().flat_map(|op| bytes_of(&op.raw)).collect();
         let results = if wrong && one_in(&mut self.rng, 5) {
-            *pick(&mut self.rng, &[0, self.arena.read_only(), self.arena.nothing()])
+            *pick(
+                &mut self.rng,
+                &[0, self.arena.read_only(), self.arena.nothing()],
+            )
         } else {
             // All zero: whether anything was written shows.
             self.arena.place(&vec![0; 16 * nr as usize])
@@ -951,8 +1256,16 @@ impl Thread<'_> {
         let s = uapi::pmskb_submit {
             ops: self.place(&raw, wrong),
             results,
-            nr: if one_in(&mut self.rng, 5) { self.odd(nr, wrong) as u32 } else { nr as u32 },
-            flags: if one_in(&mut self.rng, 5) { self.odd(flags, wrong) as u32 } else { flags as u32 },
+            nr: if one_in(&mut self.rng, 5) {
+                self.odd(nr, wrong) as u32
+            } else {
+                nr as u32
+            },
+            flags: if one_in(&mut self.rng, 5) {
+                self.odd(flags, wrong) as u32
+            } else {
+                flags as u32
+            },
             reserved: 0,
         };
         // So many as were said, from memory that may have others' bytes.
@@ -974,23 +1287,45 @@ impl Thread<'_> {
             (false, false) => syscall!(SYS_ioctl, node, uapi::IOC_SUBMIT, at),
             (true, true) => {
                 let value = at as *const libc::c_void;
-                let request = opcode::SetSockOpt::new(types::Fd(fd), SOL as u32, uapi::PMSKB_PERSIST, value, 32).build();
+                let request = opcode::SetSockOpt::new(
+                    types::Fd(fd),
+                    SOL as u32,
+                    uapi::PMSKB_PERSIST,
+                    value,
+                    32,
+                )
+                .build();
                 self.by_ring(request)
             }
             (false, true) => {
                 let mut cmd = [0; 16];
                 cmd[..8].copy_from_slice(&at.to_ne_bytes());
                 cmd[8] = u8::from(wrong && one_in(&mut self.rng, 4));
-                let nr = if wrong && one_in(&mut self.rng, 4) { uapi::IOC_INFO } else { uapi::IOC_SUBMIT };
-                let mut request = opcode::UringCmd16::new(types::Fd(node), nr).cmd(cmd).build();
+                let nr = if wrong && one_in(&mut self.rng, 4) {
+                    uapi::IOC_INFO
+                } else {
+                    uapi::IOC_SUBMIT
+                };
+                let mut request = opcode::UringCmd16::new(types::Fd(node), nr)
+                    .cmd(cmd)
+                    .build();
                 if one_in(&mut self.rng, 3) {
                     request = request.flags(squeue::Flags::ASYNC);
                 }
                 self.by_ring(request)
             }
         };
-        let fail: &[i32] = if s.flags & uapi::PMSKB_SUBMIT_FAIL != 0 { OP } else { &[] };
-        self.expect("submit", res, &[SUBMIT, fail, &[EUNATCH, ENOPROTOOPT, EOPNOTSUPP, EBUSY]], wrong)?;
+        let fail: &[i32] = if s.flags & uapi::PMSKB_SUBMIT_FAIL != 0 {
+            OP
+        } else {
+            &[]
+        };
+        self.expect(
+            "submit",
+            res,
+            &[SUBMIT, fail, &[EUNATCH, ENOPROTOOPT, EOPNOTSUPP, EBUSY]],
+            wrong,
+        )?;
         let carried_out = res.is_ok() || s.flags & uapi::PMSKB_SUBMIT_FAIL != 0;
         if !carried_out || !sane || results < 4096 || results >= self.arena.nothing() {
             self.forget(&ops, fd);
@@ -998,7 +1333,11 @@ impl Thread<'_> {
         }
         for (n, op) in ops.iter().enumerate().take(s.nr as usize) {
             let result: uapi::pmskb_result = self.arena.get_as(results + 16 * n as u64);
-            let one = if result.res < 0 { Err(-result.res as i32) } else { Ok(result.res) };
+            let one = if result.res < 0 {
+                Err(-result.res as i32)
+            } else {
+                Ok(result.res)
+            };
             // Cleared, and never filled: the call was refused as a whole.
             if one == Ok(0) && res.is_err() {
                 continue;
@@ -1012,7 +1351,9 @@ impl Thread<'_> {
     }
 
     fn by_ring(&mut self, request: squeue::Entry) -> Res {
-        let Some(ring) = &mut self.ring else { return Err(EINVAL) };
+        let Some(ring) = &mut self.ring else {
+            return Err(EINVAL);
+        };
         let done = ring.run(&[request.user_data(7)], 1, 5_000);
         match done.iter().find(|c| c.0 == 7) {
             Some((_, res)) if *res < 0 => Err(-res),
@@ -1042,7 +1383,16 @@ impl Thread<'_> {
 
     /// One operation, with what it would do.
     fn operation(&mut self, by_option: bool, sock: i32, wrong: bool) -> anyhow::Result<Planned> {
-        let mut p = Planned { raw: uapi::pmskb_op { fd: -1, ..Default::default() }, key: Vec::new(), bytes: Vec::new(), tokens: Vec::new(), spoilt: false };
+        let mut p = Planned {
+            raw: uapi::pmskb_op {
+                fd: -1,
+                ..Default::default()
+            },
+            key: Vec::new(),
+            bytes: Vec::new(),
+            tokens: Vec::new(),
+            spoilt: false,
+        };
         let kind = self.rng.below(10);
         let mut exts: Vec<uapi::pmskb_ext> = Vec::new();
         match kind {
@@ -1056,30 +1406,63 @@ impl Thread<'_> {
                     for _ in 0..1 + self.rng.below(2) {
                         let from = self.rng.below(buf.bytes.len() as u64);
                         let len = 1 + self.rng.below((buf.bytes.len() as u64 - from).min(9000));
-                        exts.push(uapi::pmskb_ext { token: 0, offset: from as u32, len: len as u32, reserved: 0 });
-                        p.bytes.extend(&buf.bytes[from as usize..(from + len) as usize]);
+                        exts.push(uapi::pmskb_ext {
+                            token: 0,
+                            offset: from as u32,
+                            len: len as u32,
+                            reserved: 0,
+                        });
+                        p.bytes
+                            .extend(&buf.bytes[from as usize..(from + len) as usize]);
                     }
                 } else {
                     p.raw.fd = if by_option { -1 } else { sock };
                     let mine: Vec<&Token> = pool.tokens.iter().filter(|t| t.fd == sock).collect();
                     let stale: Vec<&Token> = pool.stale.iter().filter(|t| t.fd == sock).collect();
                     for _ in 0..1 + self.rng.below(4) {
-                        let from: &[&Token] = if wrong && one_in(&mut self.rng, 3) { &stale } else { &mine };
+                        let from: &[&Token] = if wrong && one_in(&mut self.rng, 3) {
+                            &stale
+                        } else {
+                            &mine
+                        };
                         if from.is_empty() {
                             continue;
                         }
                         let t = *pick(&mut self.rng, from);
                         let all = t.bytes.len() as u64;
-                        let from = if one_in(&mut self.rng, 3) { self.rng.below(all) } else { 0 };
-                        let len = if one_in(&mut self.rng, 3) { 1 + self.rng.below(all - from) } else { all - from };
-                        exts.push(uapi::pmskb_ext { token: t.number, offset: from as u32, len: len as u32, reserved: 0 });
-                        p.bytes.extend(&t.bytes[from as usize..(from + len) as usize]);
+                        let from = if one_in(&mut self.rng, 3) {
+                            self.rng.below(all)
+                        } else {
+                            0
+                        };
+                        let len = if one_in(&mut self.rng, 3) {
+                            1 + self.rng.below(all - from)
+                        } else {
+                            all - from
+                        };
+                        exts.push(uapi::pmskb_ext {
+                            token: t.number,
+                            offset: from as u32,
+                            len: len as u32,
+                            reserved: 0,
+                        });
+                        p.bytes
+                            .extend(&t.bytes[from as usize..(from + len) as usize]);
                         p.tokens.push(t.number);
                     }
                 }
                 drop(pool);
                 let keyed = !one_in(&mut self.rng, 4);
-                let flags = [0, 0, 0, uapi::PMSKB_OP_CREATE, uapi::PMSKB_OP_REPLACE, uapi::PMSKB_OP_KEEP, uapi::PMSKB_OP_CRC32C, uapi::PMSKB_OP_IF_SEQ];
+                let flags = [
+                    0,
+                    0,
+                    0,
+                    uapi::PMSKB_OP_CREATE,
+                    uapi::PMSKB_OP_REPLACE,
+                    uapi::PMSKB_OP_KEEP,
+                    uapi::PMSKB_OP_CRC32C,
+                    uapi::PMSKB_OP_IF_SEQ,
+                ];
                 p.raw.flags = (*pick(&mut self.rng, &flags) | *pick(&mut self.rng, &flags)) as u16;
                 if keyed && !exts.is_empty() && one_in(&mut self.rng, 5) {
                     // The key is in what was received itself.
@@ -1103,10 +1486,18 @@ impl Thread<'_> {
                 p.raw.opcode = uapi::PMSKB_OP_RELEASE as u16;
                 p.raw.fd = if by_option { -1 } else { sock };
                 let pool = self.world.pool();
-                let mine: Vec<u32> = pool.tokens.iter().filter(|t| t.fd == sock).map(|t| t.number).collect();
+                let mine: Vec<u32> = pool
+                    .tokens
+                    .iter()
+                    .filter(|t| t.fd == sock)
+                    .map(|t| t.number)
+                    .collect();
                 for _ in 0..self.rng.below(4).min(mine.len() as u64) {
                     let token = *pick(&mut self.rng, &mine);
-                    exts.push(uapi::pmskb_ext { token, ..Default::default() });
+                    exts.push(uapi::pmskb_ext {
+                        token,
+                        ..Default::default()
+                    });
                     p.tokens.push(token);
                 }
             }
@@ -1118,7 +1509,11 @@ impl Thread<'_> {
         }
         if u32::from(p.raw.flags) & uapi::PMSKB_OP_IF_SEQ != 0 {
             let known = self.world.pool().keys.get(&p.key).map_or(0, |k| k.0);
-            p.raw.seq = if one_in(&mut self.rng, 4) { self.rng.below(100) } else { known };
+            p.raw.seq = if one_in(&mut self.rng, 4) {
+                self.rng.below(100)
+            } else {
+                known
+            };
         }
         if !p.key.is_empty() && p.raw.key == 0 {
             p.raw.key = self.place(&p.key.clone(), wrong);
@@ -1129,7 +1524,11 @@ impl Thread<'_> {
             p.spoil(&mut self.rng, &mut exts);
         }
         let raw: Vec<u8> = exts.iter().flat_map(bytes_of).collect();
-        p.raw.extents = if raw.is_empty() { 0 } else { self.place(&raw, wrong) };
+        p.raw.extents = if raw.is_empty() {
+            0
+        } else {
+            self.place(&raw, wrong)
+        };
         Ok(p)
     }
 
@@ -1143,7 +1542,10 @@ impl Thread<'_> {
         let ours = op.raw.key_len > 0;
         if opcode == uapi::PMSKB_OP_PUT {
             ensure!(n > 0, "a put returned {n}");
-            ensure!(pool.seqs.last().is_none_or(|last| *last < seq), "sequence numbers go back: {seq}");
+            ensure!(
+                pool.seqs.last().is_none_or(|last| *last < seq),
+                "sequence numbers go back: {seq}"
+            );
             pool.seqs.push(seq);
             let old = pool.keys.get(&op.key).map(|k| k.0);
             // Of what was spoilt nobody knows the bytes.
@@ -1151,11 +1553,21 @@ impl Thread<'_> {
             if known && ours {
                 let had = old.is_some();
                 if flags & uapi::PMSKB_OP_IF_SEQ != 0 {
-                    ensure!(old.unwrap_or(0) == op.raw.seq || !op.sure(), "IF_SEQ {} with {old:?}", op.raw.seq);
+                    ensure!(
+                        old.unwrap_or(0) == op.raw.seq || !op.sure(),
+                        "IF_SEQ {} with {old:?}",
+                        op.raw.seq
+                    );
                 }
                 let replaced = result.flags & uapi::PMSKB_RES_REPLACED != 0;
-                ensure!(!had || replaced, "a put of a key that was there does not say so");
-                ensure!(!had || flags & uapi::PMSKB_OP_CREATE == 0, "CREATE of a key that was there");
+                ensure!(
+                    !had || replaced,
+                    "a put of a key that was there does not say so"
+                );
+                ensure!(
+                    !had || flags & uapi::PMSKB_OP_CREATE == 0,
+                    "CREATE of a key that was there"
+                );
             }
             if known {
                 ensure!(
@@ -1211,8 +1623,16 @@ impl Thread<'_> {
     fn alloc(&mut self) -> anyhow::Result<()> {
         let wrong = self.wrong();
         let len = *pick(&mut self.rng, &[1u64, 4096, 4097, 20000, 100_000]);
-        let len = if wrong { *pick(&mut self.rng, &[0, 1 << 26, (1 << 26) + 1, u64::MAX, len]) } else { len };
-        let arg = uapi::pmskb_alloc { len, flags: u32::from(wrong && one_in(&mut self.rng, 3)), ..Default::default() };
+        let len = if wrong {
+            *pick(&mut self.rng, &[0, 1 << 26, (1 << 26) + 1, u64::MAX, len])
+        } else {
+            len
+        };
+        let arg = uapi::pmskb_alloc {
+            len,
+            flags: u32::from(wrong && one_in(&mut self.rng, 3)),
+            ..Default::default()
+        };
         let at = self.place(&bytes_of(&arg), wrong);
         let node = self.node(wrong);
         self.note(&format!("ALLOC {node} {len}"));
@@ -1222,14 +1642,22 @@ impl Thread<'_> {
             return Ok(());
         }
         let said: uapi::pmskb_alloc = self.arena.get_as(at);
-        ensure!(said.len == len.next_multiple_of(4096), "a buffer of {len} has {}", said.len);
+        ensure!(
+            said.len == len.next_multiple_of(4096),
+            "a buffer of {len} has {}",
+            said.len
+        );
         let prot = libc::PROT_READ | libc::PROT_WRITE;
         let map = syscall!(SYS_mmap, 0, said.len, prot, libc::MAP_SHARED, said.fd, 0);
         self.expect("mmap buffer", map, &[], false)?;
         let mut pool = self.world.pool();
         let map = map.unwrap_or(0) as u64;
         pool.maps.push((map, said.len));
-        pool.bufs.push(Buf { fd: said.fd, bytes: vec![0; said.len as usize], map });
+        pool.bufs.push(Buf {
+            fd: said.fd,
+            bytes: vec![0; said.len as usize],
+            map,
+        });
         if pool.bufs.len() > 6 {
             let old = pool.bufs.remove(0);
             let _ = sys::close(old.fd);
@@ -1245,7 +1673,11 @@ impl Thread<'_> {
             return self.alloc();
         }
         let at = self.rng.below(pool.bufs.len() as u64) as usize;
-        let (fd, map, all) = (pool.bufs[at].fd, pool.bufs[at].map, pool.bufs[at].bytes.len() as u64);
+        let (fd, map, all) = (
+            pool.bufs[at].fd,
+            pool.bufs[at].map,
+            pool.bufs[at].bytes.len() as u64,
+        );
         let mapped = pool.maps.iter().any(|m| m.0 == map && m.1 == all);
         let off = self.rng.below(all);
         let len = 1 + self.rng.below((all - off).min(9000));
@@ -1264,7 +1696,10 @@ impl Thread<'_> {
             }
         }
         drop(pool);
-        self.note(&format!("fill {fd} {by_map} {off} {len} {}", sys::shown(res)));
+        self.note(&format!(
+            "fill {fd} {by_map} {off} {len} {}",
+            sys::shown(res)
+        ));
         if by_map {
             // One that was put cannot be written; to where the fault was, bytes may have come.
             self.expect("fill map", res, &[&[EFAULT]], false)
@@ -1277,10 +1712,19 @@ impl Thread<'_> {
         let wrong = self.wrong();
         let key = self.key();
         let by_seq = one_in(&mut self.rng, 3);
-        let seq = self.world.pool().seqs.last().map_or(1, |last| self.rng.below(last + 2));
+        let seq = self
+            .world
+            .pool()
+            .seqs
+            .last()
+            .map_or(1, |last| self.rng.below(last + 2));
         let arg = uapi::pmskb_open {
             key: if by_seq { 0 } else { self.place(&key, wrong) },
-            key_len: if by_seq { 0 } else { self.odd(key.len() as u64, wrong) as u32 },
+            key_len: if by_seq {
+                0
+            } else {
+                self.odd(key.len() as u64, wrong) as u32
+            },
             flags: self.odd(u64::from(by_seq), wrong) as u32,
             seq: if by_seq { seq } else { 0 },
             ..Default::default()
@@ -1289,7 +1733,12 @@ impl Thread<'_> {
         let node = self.node(wrong);
         self.note(&format!("OPEN {node} {by_seq} {seq}"));
         let res = syscall!(SYS_ioctl, node, uapi::IOC_OPEN, at);
-        self.expect("OPEN", res, &[&[EINVAL, EFAULT, ENAMETOOLONG, ENOENT, EACCES]], wrong)?;
+        self.expect(
+            "OPEN",
+            res,
+            &[&[EINVAL, EFAULT, ENAMETOOLONG, ENOENT, EACCES]],
+            wrong,
+        )?;
         if res.is_ok() {
             let said: uapi::pmskb_open = self.arena.get_as(at);
             let mut pool = self.world.pool();
@@ -1307,7 +1756,9 @@ impl Thread<'_> {
     }
 
     fn use_record(&mut self) -> anyhow::Result<()> {
-        let Some(fd) = self.object() else { return self.open_record() };
+        let Some(fd) = self.object() else {
+            return self.open_record();
+        };
         let off = *pick(&mut self.rng, &[0u64, 1, 4095, 100_000, 1 << 40, u64::MAX]);
         let to = self.arena.room(9000);
         let p = self.world.pipe;
@@ -1327,31 +1778,73 @@ impl Thread<'_> {
                 let peer = self.sock().map_or(-1, |s| s.fd);
                 let at = self.arena.place(&(off & 0xffff).to_ne_bytes());
                 let own = syscall!(SYS_fcntl, peer, libc::F_GETFL, 0).unwrap_or(0);
-                let _ = syscall!(SYS_fcntl, peer, libc::F_SETFL, own as i32 | libc::O_NONBLOCK);
+                let _ = syscall!(
+                    SYS_fcntl,
+                    peer,
+                    libc::F_SETFL,
+                    own as i32 | libc::O_NONBLOCK
+                );
                 ("sendfile", syscall!(SYS_sendfile, peer, fd, at, 9000))
             }
-            _ => ("mmap", syscall!(SYS_mmap, 0, 4096, libc::PROT_READ, libc::MAP_SHARED, fd, 0)),
+            _ => (
+                "mmap",
+                syscall!(SYS_mmap, 0, 4096, libc::PROT_READ, libc::MAP_SHARED, fd, 0),
+            ),
         };
-        self.expect(what, res, &[&[EINVAL, ENODEV, EAGAIN, EPIPE, ECONNRESET, EBADF, libc::EDESTADDRREQ, libc::EOVERFLOW, EMSGSIZE, ENOTCONN]], true)
+        self.expect(
+            what,
+            res,
+            &[&[
+                EINVAL,
+                ENODEV,
+                EAGAIN,
+                EPIPE,
+                ECONNRESET,
+                EBADF,
+                libc::EDESTADDRREQ,
+                libc::EOVERFLOW,
+                EMSGSIZE,
+                ENOTCONN,
+            ]],
+            true,
+        )
     }
 
     fn send_records(&mut self) -> anyhow::Result<()> {
         let wrong = self.wrong();
-        let Some(sock) = self.sock() else { return Ok(()) };
+        let Some(sock) = self.sock() else {
+            return Ok(());
+        };
         let nr = 1 + self.rng.below(if wrong { 70 } else { 3 });
         let mut control = Vec::new();
         for _ in 0..nr {
             let mut head = libc::cmsghdr::zeroed();
             head.cmsg_level = SOL;
-            head.cmsg_type = if wrong && one_in(&mut self.rng, 9) { 7 } else { uapi::PMSKB_CMSG_SEND as i32 };
+            head.cmsg_type = if wrong && one_in(&mut self.rng, 9) {
+                7
+            } else {
+                uapi::PMSKB_CMSG_SEND as i32
+            };
             head.cmsg_len = self.odd(16 + 24, wrong && nr < 4) as _;
-            let fd = if wrong && one_in(&mut self.rng, 4) { self.node(true) } else { self.object().unwrap_or(-1) };
-            let send = uapi::pmskb_send { fd, reserved: 0, offset: self.odd(0, wrong), len: self.odd(1, true) };
+            let fd = if wrong && one_in(&mut self.rng, 4) {
+                self.node(true)
+            } else {
+                self.object().unwrap_or(-1)
+            };
+            let send = uapi::pmskb_send {
+                fd,
+                reserved: 0,
+                offset: self.odd(0, wrong),
+                len: self.odd(1, true),
+            };
             control.extend(bytes_of(&head));
             control.extend(bytes_of(&send));
         }
         let bytes = self.arena.place(&[b'h'; 100]);
-        let iov = libc::iovec { iov_base: bytes as *mut libc::c_void, iov_len: self.rng.below(100) as usize };
+        let iov = libc::iovec {
+            iov_base: bytes as *mut libc::c_void,
+            iov_len: self.rng.below(100) as usize,
+        };
         let mut msg = libc::msghdr::zeroed();
         msg.msg_iov = self.arena.place(&bytes_of(&iov)) as *mut libc::iovec;
         msg.msg_iovlen = 1;
@@ -1360,15 +1853,39 @@ impl Thread<'_> {
         let at = self.place(&bytes_of(&msg), wrong);
         let mut flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
         if wrong {
-            flags |= *pick(&mut self.rng, &[0, libc::MSG_OOB, libc::MSG_MORE, libc::MSG_ZEROCOPY, libc::MSG_FASTOPEN]);
+            flags |= *pick(
+                &mut self.rng,
+                &[
+                    0,
+                    libc::MSG_OOB,
+                    libc::MSG_MORE,
+                    libc::MSG_ZEROCOPY,
+                    libc::MSG_FASTOPEN,
+                ],
+            );
         }
         self.note(&format!("sendmsg {} {nr} {flags:x}", sock.fd));
         let res = syscall!(SYS_sendmsg, sock.fd, at, flags);
-        let may = &[EBADF, EINVAL, E2BIG, EOPNOTSUPP, EAGAIN, EPIPE, ECONNRESET, EFAULT, libc::EDESTADDRREQ, ENOBUFS, EISCONN, ENOTCONN];
+        let may = &[
+            EBADF,
+            EINVAL,
+            E2BIG,
+            EOPNOTSUPP,
+            EAGAIN,
+            EPIPE,
+            ECONNRESET,
+            EFAULT,
+            libc::EDESTADDRREQ,
+            ENOBUFS,
+            EISCONN,
+            ENOTCONN,
+        ];
         self.expect("sendmsg", res, &[may], wrong)?;
         // The peer takes what came, for there to be room.
         let to = self.arena.room(70000);
-        while syscall!(SYS_recvfrom, sock.peer, to, 70000, libc::MSG_DONTWAIT, 0, 0).is_ok_and(|n| n > 0) {}
+        while syscall!(SYS_recvfrom, sock.peer, to, 70000, libc::MSG_DONTWAIT, 0, 0)
+            .is_ok_and(|n| n > 0)
+        {}
         Ok(())
     }
 
@@ -1409,7 +1926,11 @@ impl Thread<'_> {
                 Ok(())
             }
             _ => {
-                let at = if wrong { self.arena.read_only() } else { self.arena.room(1000) };
+                let at = if wrong {
+                    self.arena.read_only()
+                } else {
+                    self.arena.room(1000)
+                };
                 let res = syscall!(SYS_ioctl, node, uapi::IOC_INFO, at);
                 self.expect("INFO", res, &[&[EFAULT]], wrong)
             }
@@ -1419,30 +1940,56 @@ impl Thread<'_> {
     /// The control device, while the stores are in use; and settings in sysfs.
     fn administer(&mut self) -> anyhow::Result<()> {
         let wrong = self.wrong();
-        let device = if wrong { self.node(true) } else { self.world.devices[self.rng.below(2) as usize] };
+        let device = if wrong {
+            self.node(true)
+        } else {
+            self.world.devices[self.rng.below(2) as usize]
+        };
         let c = self.world.control;
         match self.rng.below(4) {
             0 => {
-                let arg = uapi::pmskb_format { fd: device, flags: self.odd(1, wrong) as u32, ..Default::default() };
+                let arg = uapi::pmskb_format {
+                    fd: device,
+                    flags: self.odd(1, wrong) as u32,
+                    ..Default::default()
+                };
                 let at = self.place(&bytes_of(&arg), wrong);
                 self.note(&format!("FORMAT {device}"));
                 let res = syscall!(SYS_ioctl, c, uapi::IOC_FORMAT, at);
                 ensure!(res.is_err(), "a store that is attached was formatted");
-                self.expect("FORMAT", res, &[&[EBUSY, EFAULT, EINVAL, EBADF, EACCES, ENOTBLK, ENODEV]], wrong)
+                self.expect(
+                    "FORMAT",
+                    res,
+                    &[&[EBUSY, EFAULT, EINVAL, EBADF, EACCES, ENOTBLK, ENODEV]],
+                    wrong,
+                )
             }
             1 => {
-                let arg = uapi::pmskb_attach { fd: device, flags: self.odd(0, wrong) as u32, ..Default::default() };
+                let arg = uapi::pmskb_attach {
+                    fd: device,
+                    flags: self.odd(0, wrong) as u32,
+                    ..Default::default()
+                };
                 let at = self.place(&bytes_of(&arg), wrong);
                 self.note(&format!("ATTACH region {device}"));
                 let res = syscall!(SYS_ioctl, c, uapi::IOC_ATTACH, at);
                 ensure!(res.is_err(), "a store that is attached was attached");
-                self.expect("ATTACH region", res, &[&[EBUSY, EFAULT, EINVAL, EBADF, EACCES, ENOTBLK, ENODEV]], wrong)
+                self.expect(
+                    "ATTACH region",
+                    res,
+                    &[&[EBUSY, EFAULT, EINVAL, EBADF, EACCES, ENOTBLK, ENODEV]],
+                    wrong,
+                )
             }
             2 => {
                 let minor = self.odd(u64::from(self.world.minors[0]), wrong) as u32;
                 // Not one that may be another test's.
                 let ours = self.world.minors.contains(&minor) || minor > 1000;
-                let arg = uapi::pmskb_detach { minor: if ours { minor } else { self.world.minors[0] }, timeout_ms: 1, reserved: 0 };
+                let arg = uapi::pmskb_detach {
+                    minor: if ours { minor } else { self.world.minors[0] },
+                    timeout_ms: 1,
+                    reserved: 0,
+                };
                 let at = self.place(&bytes_of(&arg), wrong);
                 self.note(&format!("DETACH {minor}"));
                 let res = syscall!(SYS_ioctl, c, uapi::IOC_DETACH, at);
@@ -1450,11 +1997,32 @@ impl Thread<'_> {
                 self.expect("DETACH", res, &[&[EBUSY, EFAULT, EINVAL, ENODEV]], wrong)
             }
             _ => {
-                let name = *pick(&mut self.rng, &["quota_socket_frames", "quota_socket_tokens", "quota_store_frames"]);
-                let value = *pick(&mut self.rng, &["0", "32", "64", "100", "65536", "-1", "x", "99999999999999999999"]);
+                let name = *pick(
+                    &mut self.rng,
+                    &[
+                        "quota_socket_frames",
+                        "quota_socket_tokens",
+                        "quota_store_frames",
+                    ],
+                );
+                let value = *pick(
+                    &mut self.rng,
+                    &[
+                        "0",
+                        "32",
+                        "64",
+                        "100",
+                        "65536",
+                        "-1",
+                        "x",
+                        "99999999999999999999",
+                    ],
+                );
                 self.note(&format!("{name} {value}"));
                 let path = format!("/sys/class/misc/pmskb{}/{name}", self.world.minors[0]);
-                let res = std::fs::write(&path, value).map(|()| 0).map_err(|e| e.raw_os_error().unwrap_or(0));
+                let res = std::fs::write(&path, value)
+                    .map(|()| 0)
+                    .map_err(|e| e.raw_os_error().unwrap_or(0));
                 self.expect("quota", res, &[&[EINVAL, libc::ERANGE]], false)
             }
         }
@@ -1463,14 +2031,51 @@ impl Thread<'_> {
     /// Maps a store, or a buffer, in odd ways, and touches it.
     fn map(&mut self) -> anyhow::Result<()> {
         let wrong = self.wrong();
-        let node = if one_in(&mut self.rng, 3) { self.world.pool().bufs.first().map_or(-1, |b| b.fd) } else { self.node(wrong) };
+        let node = if one_in(&mut self.rng, 3) {
+            self.world.pool().bufs.first().map_or(-1, |b| b.fd)
+        } else {
+            self.node(wrong)
+        };
         let len = *pick(&mut self.rng, &[1u64, 4096, 65536, 12 << 20, 64 << 20, 0]);
-        let off = *pick(&mut self.rng, &[0u64, 4096, 8192, 53248, 1 << 20, 12 << 20, 1 << 40, u64::MAX & !4095, 1]);
-        let prot = if wrong { self.rng.below(8) as i32 } else { libc::PROT_READ };
-        let flags = *pick(&mut self.rng, &[libc::MAP_SHARED, libc::MAP_PRIVATE, libc::MAP_SHARED | libc::MAP_POPULATE]);
+        let off = *pick(
+            &mut self.rng,
+            &[
+                0u64,
+                4096,
+                8192,
+                53248,
+                1 << 20,
+                12 << 20,
+                1 << 40,
+                u64::MAX & !4095,
+                1,
+            ],
+        );
+        let prot = if wrong {
+            self.rng.below(8) as i32
+        } else {
+            libc::PROT_READ
+        };
+        let flags = *pick(
+            &mut self.rng,
+            &[
+                libc::MAP_SHARED,
+                libc::MAP_PRIVATE,
+                libc::MAP_SHARED | libc::MAP_POPULATE,
+            ],
+        );
         self.note(&format!("mmap {node} {len} {off} {prot} {flags:x}"));
         let res = syscall!(SYS_mmap, 0, len, prot, flags, node, off);
-        let may = &[EPERM, EINVAL, EACCES, ENODEV, EBADF, libc::EOVERFLOW, ENOMEM, libc::ENXIO];
+        let may = &[
+            EPERM,
+            EINVAL,
+            EACCES,
+            ENODEV,
+            EBADF,
+            libc::EOVERFLOW,
+            ENOMEM,
+            libc::ENXIO,
+        ];
         self.expect("mmap", res, &[may], true)?;
         if let Ok(at) = res {
             let len = len.next_multiple_of(4096);
@@ -1512,7 +2117,10 @@ impl Thread<'_> {
                 pool.maps[nr].1 = part;
                 ("munmap", syscall!(SYS_munmap, at + part, len - part))
             }
-            2 => ("mprotect", syscall!(SYS_mprotect, at, len, self.rng.below(8))),
+            2 => (
+                "mprotect",
+                syscall!(SYS_mprotect, at, len, self.rng.below(8)),
+            ),
             3 => {
                 let new = *pick(&mut self.rng, &[4096, len, len * 2]);
                 let res = syscall!(SYS_mremap, at, len, new, libc::MREMAP_MAYMOVE);
@@ -1522,7 +2130,18 @@ impl Thread<'_> {
                 ("mremap", res)
             }
             4 => {
-                let advice = *pick(&mut self.rng, &[libc::MADV_DONTNEED, libc::MADV_WILLNEED, libc::MADV_POPULATE_READ, libc::MADV_REMOVE, libc::MADV_PAGEOUT, libc::MADV_DONTFORK, libc::MADV_POPULATE_WRITE]);
+                let advice = *pick(
+                    &mut self.rng,
+                    &[
+                        libc::MADV_DONTNEED,
+                        libc::MADV_WILLNEED,
+                        libc::MADV_POPULATE_READ,
+                        libc::MADV_REMOVE,
+                        libc::MADV_PAGEOUT,
+                        libc::MADV_DONTFORK,
+                        libc::MADV_POPULATE_WRITE,
+                    ],
+                );
                 ("madvise", syscall!(SYS_madvise, at, len, advice))
             }
             5 => ("mlock", syscall!(SYS_mlock, at, part.max(4096).min(len))),
@@ -1547,16 +2166,34 @@ impl Thread<'_> {
         };
         drop(pool);
         self.note(&format!("{what} {at:x} {len} {}", sys::shown(res)));
-        self.expect(what, res, &[&[EACCES, EINVAL, ENOMEM, EFAULT, EPERM, EAGAIN, EIO, EOPNOTSUPP, EBUSY]], true)
+        self.expect(
+            what,
+            res,
+            &[&[
+                EACCES, EINVAL, ENOMEM, EFAULT, EPERM, EAGAIN, EIO, EOPNOTSUPP, EBUSY,
+            ]],
+            true,
+        )
     }
 
     /// A descriptor takes a way through a UNIX socket; or stays there.
     fn pass(&mut self) -> anyhow::Result<()> {
         let at = self.arena.room(8);
-        if syscall!(SYS_socketpair, libc::AF_UNIX, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0, at).is_err() {
+        if syscall!(
+            SYS_socketpair,
+            libc::AF_UNIX,
+            libc::SOCK_DGRAM | libc::SOCK_CLOEXEC,
+            0,
+            at
+        )
+        .is_err()
+        {
             return Ok(());
         }
-        let pair = [self.arena.get_as::<i32>(at), self.arena.get_as::<i32>(at + 4)];
+        let pair = [
+            self.arena.get_as::<i32>(at),
+            self.arena.get_as::<i32>(at + 4),
+        ];
         let fd = match self.rng.below(4) {
             0 => self.node(false),
             1 => self.object().unwrap_or(-1),
@@ -1569,7 +2206,10 @@ impl Thread<'_> {
         head.cmsg_len = 20;
         let control = [bytes_of(&head), fd.to_ne_bytes().to_vec(), vec![0; 4]].concat();
         let byte = self.arena.place(b"x");
-        let iov = libc::iovec { iov_base: byte as *mut libc::c_void, iov_len: 1 };
+        let iov = libc::iovec {
+            iov_base: byte as *mut libc::c_void,
+            iov_len: 1,
+        };
         let mut msg = libc::msghdr::zeroed();
         msg.msg_iov = self.arena.place(&bytes_of(&iov)) as *mut libc::iovec;
         msg.msg_iovlen = 1;
@@ -1580,7 +2220,12 @@ impl Thread<'_> {
         self.note(&format!("pass {fd}"));
         let sent = syscall!(SYS_sendmsg, pair[0], at, 0);
         if sent.is_ok() && one_in(&mut self.rng, 2) {
-            let got = syscall!(SYS_recvmsg, pair[1], at, libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC);
+            let got = syscall!(
+                SYS_recvmsg,
+                pair[1],
+                at,
+                libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC
+            );
             if got.is_ok() {
                 let new = self.arena.get_as::<i32>(control + 16);
                 let _ = sys::close(new);
@@ -1594,11 +2239,16 @@ impl Thread<'_> {
 
     /// Receives by io_uring; also with more than one answer, and cancelled.
     fn ring_receive(&mut self) -> anyhow::Result<()> {
-        let Some(sock) = self.sock() else { return Ok(()) };
+        let Some(sock) = self.sock() else {
+            return Ok(());
+        };
         self.lost(sock.fd);
         let multi = one_in(&mut self.rng, 2);
         let (control, to) = (self.arena.room(4096), self.arena.room(4096));
-        let iov = libc::iovec { iov_base: to as *mut libc::c_void, iov_len: if multi { 0 } else { 4096 } };
+        let iov = libc::iovec {
+            iov_base: to as *mut libc::c_void,
+            iov_len: if multi { 0 } else { 4096 },
+        };
         let mut msg = libc::msghdr::zeroed();
         msg.msg_iov = self.arena.place(&bytes_of(&iov)) as *mut libc::iovec;
         msg.msg_iovlen = usize::from(!multi) as _;
@@ -1606,18 +2256,29 @@ impl Thread<'_> {
         msg.msg_controllen = *pick(&mut self.rng, &[0, SPACE, 4096, 10]) as _;
         let at = self.arena.place(&bytes_of(&msg));
         let rooms = self.arena.room(4 * 8192);
-        self.note(&format!("ring recvmsg {} {multi} {}", sock.fd, msg.msg_controllen));
+        self.note(&format!(
+            "ring recvmsg {} {multi} {}",
+            sock.fd, msg.msg_controllen
+        ));
         let fd = types::Fd(sock.fd);
         let group = self.rng.below(60000) as u16;
         let request = if multi {
             opcode::RecvMsgMulti::new(fd, at as *const libc::msghdr, group).build()
         } else {
-            opcode::RecvMsg::new(fd, at as *mut libc::msghdr).flags(libc::MSG_DONTWAIT as u32).build()
+            opcode::RecvMsg::new(fd, at as *mut libc::msghdr)
+                .flags(libc::MSG_DONTWAIT as u32)
+                .build()
         };
-        let Some(ring) = &mut self.ring else { return Ok(()) };
+        let Some(ring) = &mut self.ring else {
+            return Ok(());
+        };
         let mut requests = Vec::new();
         if multi {
-            requests.push(opcode::ProvideBuffers::new(rooms as *mut u8, 8192, 4, group, 0).build().user_data(1));
+            requests.push(
+                opcode::ProvideBuffers::new(rooms as *mut u8, 8192, 4, group, 0)
+                    .build()
+                    .user_data(1),
+            );
         }
         requests.push(request.user_data(2));
         let mut done = ring.run(&requests, requests.len(), 20);
@@ -1633,17 +2294,33 @@ impl Thread<'_> {
 
     /// Everything else.
     fn odds(&mut self) -> anyhow::Result<()> {
-        let Some(sock) = self.sock() else { return Ok(()) };
+        let Some(sock) = self.sock() else {
+            return Ok(());
+        };
         let node = self.node(true);
         match self.rng.below(7) {
             0 => {
-                let nr = 0xbc00 | self.rng.below(0x20) | self.rng.below(4) << 30 | self.rng.below(300) << 16;
+                let nr = 0xbc00
+                    | self.rng.below(0x20)
+                    | self.rng.below(4) << 30
+                    | self.rng.below(300) << 16;
                 // Not those that would detach, format, or make descriptors that nobody closes.
                 let at = self.arena.room(4000);
                 self.note(&format!("ioctl {node} {nr:x}"));
-                let known = [uapi::IOC_DETACH, uapi::IOC_FORMAT, uapi::IOC_ATTACH, uapi::IOC_ALLOC, uapi::IOC_OPEN].contains(&(nr as u32));
+                let known = [
+                    uapi::IOC_DETACH,
+                    uapi::IOC_FORMAT,
+                    uapi::IOC_ATTACH,
+                    uapi::IOC_ALLOC,
+                    uapi::IOC_OPEN,
+                ]
+                .contains(&(nr as u32));
                 if !known {
-                    let fd = if one_in(&mut self.rng, 3) { sock.fd } else { node };
+                    let fd = if one_in(&mut self.rng, 3) {
+                        sock.fd
+                    } else {
+                        node
+                    };
                     let res = syscall!(SYS_ioctl, fd, nr, at);
                     self.expect("ioctl", res, &[&[ENOENT, EFAULT, E2BIG, EINVAL]], true)?;
                 }
@@ -1666,7 +2343,16 @@ impl Thread<'_> {
                 self.expect("disconnect", res, &[], false)
             }
             3 => {
-                let (name, value) = *pick(&mut self.rng, &[(libc::SO_RCVBUF, 1i32), (libc::SO_RCVBUF, 1 << 20), (libc::SO_RCVLOWAT, 100), (libc::SO_PEEK_OFF, 0), (libc::SO_PEEK_OFF, -1)]);
+                let (name, value) = *pick(
+                    &mut self.rng,
+                    &[
+                        (libc::SO_RCVBUF, 1i32),
+                        (libc::SO_RCVBUF, 1 << 20),
+                        (libc::SO_RCVLOWAT, 100),
+                        (libc::SO_PEEK_OFF, 0),
+                        (libc::SO_PEEK_OFF, -1),
+                    ],
+                );
                 self.note(&format!("SO {} {name} {value}", sock.fd));
                 let at = self.arena.place(&value.to_ne_bytes());
                 let _ = syscall!(SYS_setsockopt, sock.fd, libc::SOL_SOCKET, name, at, 4);
@@ -1676,7 +2362,10 @@ impl Thread<'_> {
             }
             4 => {
                 let to = self.arena.room(9000);
-                let off = *pick(&mut self.rng, &[0u64, 1, 8190, 1 << 20, 12 << 20, 1 << 40, u64::MAX]);
+                let off = *pick(
+                    &mut self.rng,
+                    &[0u64, 1, 8190, 1 << 20, 12 << 20, 1 << 40, u64::MAX],
+                );
                 self.note(&format!("pread {node} {off}"));
                 let res = syscall!(SYS_pread64, node, to, 9000, off);
                 self.expect("pread store", res, &[&[EINVAL, libc::EOVERFLOW]], true)
@@ -1756,7 +2445,9 @@ impl Planned {
             1 => self.raw.flags = rng.next() as u16 & 0xff,
             2 => self.raw.fd = *pick(rng, &[-1, 0, 1, 1 << 20, i32::MIN]),
             3 => self.raw.key_len = *pick(rng, &[0, 1, 1024, 1025, u32::MAX]),
-            4 => self.raw.nr_extents = *pick(rng, &[0, 1, 2, 100, 1 << 18, (1 << 18) + 1, u32::MAX]),
+            4 => {
+                self.raw.nr_extents = *pick(rng, &[0, 1, 2, 100, 1 << 18, (1 << 18) + 1, u32::MAX])
+            }
             5 => self.raw.seq = rng.next(),
             6 => self.raw.reserved[rng.below(3) as usize] = 1,
             _ => {

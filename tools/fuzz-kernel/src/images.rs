@@ -16,7 +16,9 @@ use pmskb_fuzz::{
 use pmskb_uapi::{
     core::{
         host::{self, HostFrames},
-        probe, sim::Rng, Direction, RecoverOptions,
+        probe,
+        sim::Rng,
+        Direction, RecoverOptions,
     },
     sys as uapi, Catalog, Store,
 };
@@ -24,8 +26,8 @@ use pmskb_uapi::{
 use crate::{
     run::{one_in, pick, random, Options, Run},
     store::{self, Control},
-    syscall,
     sys::{self, bytes_of, Arena, Res},
+    syscall,
 };
 
 /// Options of `images`.
@@ -113,7 +115,11 @@ pub fn images(a: &Images) -> anyhow::Result<bool> {
         }
     }
     let t = &fuzzer.tally;
-    let refused: Vec<String> = t.refused.iter().map(|(e, n)| format!("{} {n}", sys::name(*e))).collect();
+    let refused: Vec<String> = t
+        .refused
+        .iter()
+        .map(|(e, n)| format!("{} {n}", sys::name(*e)))
+        .collect();
     println!(
         "ok - images # {} damaged images: {} attached, {} of them to be read; refused: {}; {} records \
          read, {} puts, {} of them found after another attach, of {} images; {} times a frame was \
@@ -158,7 +164,11 @@ impl Fuzzer {
         let fd = self.device;
         let all = self.page.all();
         let n = sys::pwrite(fd, all, 0);
-        ensure!(n == Ok(all.len() as i64), "writing the image: {}", sys::shown(n));
+        ensure!(
+            n == Ok(all.len() as i64),
+            "writing the image: {}",
+            sys::shown(n)
+        );
         Ok(())
     }
 
@@ -174,7 +184,11 @@ impl Fuzzer {
         let right = expected(mem, done.read_only);
         run.log.note(&format!("{:?} {right:?}", Left::ALL[base]));
         self.write()?;
-        let flags = if done.read_only { uapi::PMSKB_ATTACH_READ_ONLY } else { 0 };
+        let flags = if done.read_only {
+            uapi::PMSKB_ATTACH_READ_ONLY
+        } else {
+            0
+        };
         let attached = self.control.attach(&self.arena, self.device, flags);
         run.log.tick();
         let minor = match (attached, right) {
@@ -224,7 +238,8 @@ impl Fuzzer {
     ) -> anyhow::Result<Option<BTreeMap<u64, Vec<u8>>>> {
         let node = store::node(minor, libc::O_RDWR)?;
         let closed = Closed(node);
-        let info = store::info(&self.arena, node).map_err(|e| anyhow::anyhow!("INFO: {}", sys::name(e)))?;
+        let info = store::info(&self.arena, node)
+            .map_err(|e| anyhow::anyhow!("INFO: {}", sys::name(e)))?;
         self.adds_up(&info, done)?;
         ensure!(
             (info.records, info.keys) == (records, keys),
@@ -261,7 +276,8 @@ impl Fuzzer {
             let got = got.map_err(|e| anyhow::anyhow!("put {seq}: {}", sys::name(e)))?;
             got.is(bytes)?;
         }
-        let info = store::info(&self.arena, node).map_err(|e| anyhow::anyhow!("INFO: {}", sys::name(e)))?;
+        let info = store::info(&self.arena, node)
+            .map_err(|e| anyhow::anyhow!("INFO: {}", sys::name(e)))?;
         self.adds_up(&info, done)?;
         // What can be said of the next attach depends on what is damaged; see the core's.
         let says = !failed && !read_only && self.in_order(node, base)?;
@@ -309,7 +325,10 @@ impl Fuzzer {
         for record in catalog.log(0) {
             let Ok(record) = record else { break };
             let last = seqs.last();
-            ensure!(last.is_none_or(|last| *last < record.seq), "the log goes back");
+            ensure!(
+                last.is_none_or(|last| *last < record.seq),
+                "the log goes back"
+            );
             let _ = record.verify(catalog.media(), catalog.geometry(), &mut part);
             seqs.push(record.seq);
             self.tally.records += 1;
@@ -317,7 +336,9 @@ impl Fuzzer {
         }
         let mut at: Option<Vec<u8>> = None;
         while let Ok(Some(record)) = catalog.seek(at.as_deref(), false, Direction::Forward) {
-            let Ok(Some(key)) = catalog.key(&record) else { break };
+            let Ok(Some(key)) = catalog.key(&record) else {
+                break;
+            };
             ensure!(at.is_none_or(|at| at < key), "keys go back");
             keys.push(key.clone());
             at = Some(key);
@@ -363,7 +384,11 @@ impl Fuzzer {
             if said.done == 1 {
                 return Ok(());
             }
-            ensure!(said.from > from, "SCRUB goes on from {from} with {}", said.from);
+            ensure!(
+                said.from > from,
+                "SCRUB goes on from {from} with {}",
+                said.from
+            );
             from = said.from;
         }
         bail!("SCRUB makes no end")
@@ -409,7 +434,11 @@ impl Fuzzer {
         };
         let len = *pick(rng, &[1, 64, 4095, 4096, 4097, 20000]);
         let bytes = random(rng, len);
-        let flags = if one_in(rng, 4) { uapi::PMSKB_OP_CRC32C } else { 0 };
+        let flags = if one_in(rng, 4) {
+            uapi::PMSKB_OP_CRC32C
+        } else {
+            0
+        };
         let arena = &self.arena;
         // A key's older put of ours is gone, whichever it was.
         let drop_key = |right: &mut BTreeMap<u64, Vec<u8>>, keyed: &[u8]| {
@@ -420,7 +449,10 @@ impl Fuzzer {
         let (what, res) = match rng.below(8) {
             0 | 1 => {
                 drop_key(right, &old);
-                ("delete", store::plain(arena, node, uapi::PMSKB_OP_DELETE, &old, 0))
+                (
+                    "delete",
+                    store::plain(arena, node, uapi::PMSKB_OP_DELETE, &old, 0),
+                )
             }
             2 => {
                 let seq = if seqs.is_empty() || one_in(rng, 4) {
@@ -464,9 +496,15 @@ impl Fuzzer {
         Ok(e == libc::EIO)
     }
 
-    fn found(&mut self, minor: u32, kept: &Option<BTreeMap<u64, Vec<u8>>>, done: Done) -> anyhow::Result<()> {
+    fn found(
+        &mut self,
+        minor: u32,
+        kept: &Option<BTreeMap<u64, Vec<u8>>>,
+        done: Done,
+    ) -> anyhow::Result<()> {
         let closed = Closed(store::node(minor, libc::O_RDWR)?);
-        let info = store::info(&self.arena, closed.0).map_err(|e| anyhow::anyhow!("INFO: {}", sys::name(e)))?;
+        let info = store::info(&self.arena, closed.0)
+            .map_err(|e| anyhow::anyhow!("INFO: {}", sys::name(e)))?;
         self.adds_up(&info, done)?;
         self.tally.compared += u64::from(kept.is_some());
         for (seq, bytes) in kept.iter().flatten() {

@@ -16,8 +16,8 @@ use pmskb_uapi::{core::sim::Rng, sys as uapi, Catalog, Store};
 use crate::{
     run::{one_in, pick, random, Options, Run},
     store::{self, Control},
-    syscall,
     sys::{self, bytes_of, Arena, Zeroed},
+    syscall,
     wire::{self, Around, Check, Path, Vnet},
 };
 
@@ -87,7 +87,14 @@ pub fn packets(a: &Packets) -> anyhow::Result<bool> {
     let node = store::node(minor, libc::O_RDWR)?;
     let catalog = Catalog::of_store(&Store::open_minor(minor)?)?;
     let before = info(&arena, node)?;
-    let mut fuzzer = Fuzzer { arena, tuns, node, catalog, before, tally: Tally::default() };
+    let mut fuzzer = Fuzzer {
+        arena,
+        tuns,
+        node,
+        catalog,
+        before,
+        tally: Tally::default(),
+    };
     let mut run = Run::new("packets", &a.options)?;
     let mut right = true;
     while let Some((nr, mut rng)) = run.round() {
@@ -124,8 +131,15 @@ pub fn packets(a: &Packets) -> anyhow::Result<bool> {
     drop(catalog);
     let _ = sys::close(node);
     let gone = control.detach(&arena, minor, 10_000);
-    println!("{} - packets: detach # {}", if gone == Ok(0) { "ok" } else { "not ok" }, sys::shown(gone));
-    let fsck = Command::new("pmskbctl").args(["fsck", "--image"]).arg(format!("{}p6", a.device.display())).output()?;
+    println!(
+        "{} - packets: detach # {}",
+        if gone == Ok(0) { "ok" } else { "not ok" },
+        sys::shown(gone)
+    );
+    let fsck = Command::new("pmskbctl")
+        .args(["fsck", "--image"])
+        .arg(format!("{}p6", a.device.display()))
+        .output()?;
     let clean = fsck.status.success();
     if !clean {
         for line in String::from_utf8_lossy(&fsck.stdout).lines() {
@@ -144,7 +158,10 @@ impl Tun {
     /// A device of its own network. The second one has NAPI, and merges packets as a driver does.
     fn new(arena: &Arena, nr: u8) -> anyhow::Result<Self> {
         let _ = Command::new("modprobe").args(["-q", "tun"]).status();
-        let fd = store::open(std::path::Path::new("/dev/net/tun"), libc::O_RDWR | libc::O_NONBLOCK)?;
+        let fd = store::open(
+            std::path::Path::new("/dev/net/tun"),
+            libc::O_RDWR | libc::O_NONBLOCK,
+        )?;
         let name = format!("fuzz{nr}");
         let mut request = [0u8; 40];
         request[..name.len()].copy_from_slice(name.as_bytes());
@@ -153,9 +170,17 @@ impl Tun {
         const TUNSETIFF: u64 = 0x4004_54ca;
         const TUNSETOFFLOAD: u64 = 0x4004_54d0;
         let made = syscall!(SYS_ioctl, fd, TUNSETIFF, arena.place(&request));
-        ensure!(made.is_ok(), "cannot make a tun device: {}", sys::shown(made));
+        ensure!(
+            made.is_ok(),
+            "cannot make a tun device: {}",
+            sys::shown(made)
+        );
         let offload = syscall!(SYS_ioctl, fd, TUNSETOFFLOAD, 0x6f);
-        ensure!(offload.is_ok(), "cannot set its offloads: {}", sys::shown(offload));
+        ensure!(
+            offload.is_ok(),
+            "cannot set its offloads: {}",
+            sys::shown(offload)
+        );
         let net = 3 + nr;
         let v4 = |host| [10, 77, net, host, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
         let v6 = |host| [0xfd, 0x77, 0, net, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, host];
@@ -174,8 +199,16 @@ impl Tun {
             (a[1], a[2], a[3]) = (0x77, 0, net);
         }
         let paths = [
-            Path { v4: true, peer: v4(2), host: v4(1) },
-            Path { v4: false, peer, host: fixed },
+            Path {
+                v4: true,
+                peer: v4(2),
+                host: v4(1),
+            },
+            Path {
+                v4: false,
+                peer,
+                host: fixed,
+            },
         ];
         Ok(Tun { fd, paths })
     }
@@ -213,7 +246,9 @@ impl Under {
     /// has some bytes of that kind, too, but not many in a row.
     fn poison(&self, bytes: &[u8]) -> Option<usize> {
         let row = if self.strict { 1 } else { 12 };
-        bytes.windows(row).position(|all| all.iter().all(|b| b & KIND == POISON))
+        bytes
+            .windows(row)
+            .position(|all| all.iter().all(|b| b & KIND == POISON))
     }
 }
 
@@ -272,7 +307,16 @@ impl Fuzzer {
             self.listen(&mut u);
             let seq = u.iss.wrapping_add(1).wrapping_add(u.acked);
             let body = wire::tcp(u.ports, seq, u.next, wire::RST | wire::ACK, 0, &[], &[]);
-            self.send(&mut u, 6, body, Check::Right, &Around::default(), 0, None, run);
+            self.send(
+                &mut u,
+                6,
+                body,
+                Check::Right,
+                &Around::default(),
+                0,
+                None,
+                run,
+            );
         }
         done?;
         self.empty(run)
@@ -280,16 +324,34 @@ impl Fuzzer {
 
     /// A socket with what the round wants of it; of TCP a connection.
     fn open(&mut self, u: &mut Under, rng: &mut Rng) -> anyhow::Result<()> {
-        let family = if u.path.v4 { libc::AF_INET } else { libc::AF_INET6 };
-        let kind = if u.tcp { libc::SOCK_STREAM } else { libc::SOCK_DGRAM };
-        let s = syscall!(SYS_socket, family, kind | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC, 0);
+        let family = if u.path.v4 {
+            libc::AF_INET
+        } else {
+            libc::AF_INET6
+        };
+        let kind = if u.tcp {
+            libc::SOCK_STREAM
+        } else {
+            libc::SOCK_DGRAM
+        };
+        let s = syscall!(
+            SYS_socket,
+            family,
+            kind | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC,
+            0
+        );
         let s = s.map_err(|e| anyhow::anyhow!("socket: {}", sys::name(e)))? as i32;
         u.fd = s;
         let address = if u.path.v4 {
             let mut a = libc::sockaddr_in::zeroed();
             a.sin_family = libc::AF_INET as u16;
             a.sin_port = u.ports.1.to_be();
-            a.sin_addr.s_addr = u32::from_ne_bytes([u.path.host[0], u.path.host[1], u.path.host[2], u.path.host[3]]);
+            a.sin_addr.s_addr = u32::from_ne_bytes([
+                u.path.host[0],
+                u.path.host[1],
+                u.path.host[2],
+                u.path.host[3],
+            ]);
             bytes_of(&a)
         } else {
             let mut a = libc::sockaddr_in6::zeroed();
@@ -300,7 +362,12 @@ impl Fuzzer {
         };
         self.option(s, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
         if one_in(rng, 4) {
-            self.option(s, libc::SOL_SOCKET, libc::SO_RCVBUF, *pick(rng, &[1, 8192, 1 << 20]))?;
+            self.option(
+                s,
+                libc::SOL_SOCKET,
+                libc::SO_RCVBUF,
+                *pick(rng, &[1, 8192, 1 << 20]),
+            )?;
         }
         let bound = syscall!(SYS_bind, s, self.arena.place(&address), address.len());
         ensure!(bound.is_ok(), "bind: {}", sys::shown(bound));
@@ -332,7 +399,13 @@ impl Fuzzer {
             self.listen(u);
             let body = wire::tcp(ports, iss.wrapping_add(1), u.next, wire::ACK, 0, &[], &[]);
             self.write(u, 6, body, Check::Right, &around, 0, None);
-            if let Ok(accepted) = syscall!(SYS_accept4, s, 0, 0, libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC) {
+            if let Ok(accepted) = syscall!(
+                SYS_accept4,
+                s,
+                0,
+                0,
+                libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC
+            ) {
                 let _ = sys::close(s);
                 u.fd = accepted as i32;
                 if late {
@@ -348,7 +421,11 @@ impl Fuzzer {
     fn option(&self, fd: i32, level: i32, name: i32, value: u32) -> anyhow::Result<()> {
         let at = self.arena.place(&value.to_ne_bytes());
         let res = syscall!(SYS_setsockopt, fd, level, name, at, 4);
-        ensure!(res.is_ok(), "option {level} {name} {value}: {}", sys::shown(res));
+        ensure!(
+            res.is_ok(),
+            "option {level} {name} {value}: {}",
+            sys::shown(res)
+        );
         Ok(())
     }
 
@@ -367,7 +444,11 @@ impl Fuzzer {
             self.option(fd, level, uapi::PMSKB_RX_MODE as i32, uapi::PMSKB_RX_DESC)?;
         }
         if one_in(rng, 4) {
-            let quota = uapi::pmskb_quota { frames: 32, tokens: 64, reserved: 0 };
+            let quota = uapi::pmskb_quota {
+                frames: 32,
+                tokens: 64,
+                reserved: 0,
+            };
             let at = self.arena.place(&bytes_of(&quota));
             let res = syscall!(SYS_setsockopt, fd, level, uapi::PMSKB_QUOTA, at, 16);
             ensure!(res.is_ok(), "QUOTA: {}", sys::shown(res));
@@ -388,7 +469,9 @@ impl Fuzzer {
         mut hurt: Option<(&mut Rng, bool)>,
     ) {
         u.id = u.id.wrapping_add(1);
-        for (mut vnet, mut packet) in wire::packets(&u.path, protocol, body, check, around, u.id, segment) {
+        for (mut vnet, mut packet) in
+            wire::packets(&u.path, protocol, body, check, around, u.id, segment)
+        {
             match &mut hurt {
                 Some((rng, true)) => vnet.hostile(rng, packet.len()),
                 Some((rng, false)) => wire::hurt(rng, &mut packet),
@@ -465,7 +548,16 @@ impl Fuzzer {
             self.raw(u.tun, &vnet, &junk);
             return Ok(());
         }
-        let mut check = *pick(rng, &[Check::Right, Check::Right, Check::Partial, Check::Partial, Check::Wrong]);
+        let mut check = *pick(
+            rng,
+            &[
+                Check::Right,
+                Check::Right,
+                Check::Partial,
+                Check::Partial,
+                Check::Wrong,
+            ],
+        );
         if !u.strict && one_in(rng, 12) {
             check = Check::Vouched;
         }
@@ -494,10 +586,21 @@ impl Fuzzer {
         u.lies |= check == Check::Vouched;
         let big = check == Check::Partial && around.fragment == 0;
         let most = if big && one_in(rng, 2) { 16000 } else { 1400 };
-        let len = *pick(rng, &[0, 1, 2, 7, 100, 999, 1400, most, rng.clone().below(most)]);
-        let segment = if big && one_in(rng, 2) { *pick(rng, &[1u16, 8, 200, 536, 1360, 1448]) } else { 0 };
+        let len = *pick(
+            rng,
+            &[0, 1, 2, 7, 100, 999, 1400, most, rng.clone().below(most)],
+        );
+        let segment = if big && one_in(rng, 2) {
+            *pick(rng, &[1u16, 8, 200, 536, 1360, 1448])
+        } else {
+            0
+        };
         // So many pieces is all that the kernel takes.
-        let segment = if segment > 0 && len / u64::from(segment) > 60 { 536 } else { segment };
+        let segment = if segment > 0 && len / u64::from(segment) > 60 {
+            536
+        } else {
+            segment
+        };
         if u.tcp {
             self.listen(u);
             let acked = i64::from(u.acked);
@@ -507,7 +610,9 @@ impl Fuzzer {
                 2 => acked + *pick(rng, &[1i64 << 20, 1 << 30, 1 << 31, -1 << 20, 65535, -1, 1]),
                 _ => acked,
             };
-            let payload: Vec<u8> = (0..len).map(|n| letter((at as u64).wrapping_add(n) & 0xffff_ffff, kind)).collect();
+            let payload: Vec<u8> = (0..len)
+                .map(|n| letter((at as u64).wrapping_add(n) & 0xffff_ffff, kind))
+                .collect();
             let mut flags = wire::ACK | 8;
             let mut urgent = 0;
             if one_in(rng, 12) {
@@ -515,25 +620,61 @@ impl Fuzzer {
                 urgent = *pick(rng, &[0, 1, len as u16, len as u16 + 1, 0xffff, 100]);
             }
             if one_in(rng, 60) {
-                flags = *pick(rng, &[wire::ACK | wire::FIN, wire::ACK | wire::RST, wire::SYN, 0, 0xff, wire::RST]);
+                flags = *pick(
+                    rng,
+                    &[
+                        wire::ACK | wire::FIN,
+                        wire::ACK | wire::RST,
+                        wire::SYN,
+                        0,
+                        0xff,
+                        wire::RST,
+                    ],
+                );
             }
             let options = match rng.below(10) {
                 0 => vec![1, 1, 8, 10, 0, 0, 0, 1, 0, 0, 0, 0],
                 1 => random(rng, *pick(&mut rng.clone(), &[4, 8, 40])),
                 _ => Vec::new(),
             };
-            let ack = if one_in(rng, 20) { rng.next() as u32 } else { u.next };
+            let ack = if one_in(rng, 20) {
+                rng.next() as u32
+            } else {
+                u.next
+            };
             let seq = u.iss.wrapping_add(1).wrapping_add(at as u32);
             let body = wire::tcp(u.ports, seq, ack, flags, urgent, &options, &payload);
-            self.send(u, 6, body, check, &around, segment, hurt.map(|h| (rng, h)), run);
+            self.send(
+                u,
+                6,
+                body,
+                check,
+                &around,
+                segment,
+                hurt.map(|h| (rng, h)),
+                run,
+            );
         } else {
             if check == Check::Right && one_in(rng, 10) && u.path.v4 {
                 check = Check::None;
             }
             let payload: Vec<u8> = (0..len).map(|n| letter(n, kind)).collect();
-            let says = 8 + if hurt.is_some() && one_in(rng, 2) { rng.below(2000) } else { len };
+            let says = 8 + if hurt.is_some() && one_in(rng, 2) {
+                rng.below(2000)
+            } else {
+                len
+            };
             let body = wire::udp(u.ports, says as u16, &payload);
-            self.send(u, 17, body, check, &around, segment, hurt.map(|h| (rng, h)), run);
+            self.send(
+                u,
+                17,
+                body,
+                check,
+                &around,
+                segment,
+                hurt.map(|h| (rng, h)),
+                run,
+            );
         }
         Ok(())
     }
@@ -544,7 +685,12 @@ impl Fuzzer {
             0 => {
                 // Between any two bytes.
                 u.desc = !u.desc;
-                self.option(u.fd, uapi::SOL_PMSKB as i32, uapi::PMSKB_RX_MODE as i32, u32::from(u.desc))
+                self.option(
+                    u.fd,
+                    uapi::SOL_PMSKB as i32,
+                    uapi::PMSKB_RX_MODE as i32,
+                    u32::from(u.desc),
+                )
             }
             1 => self.put(u, rng),
             2 => self.release(u),
@@ -554,10 +700,14 @@ impl Fuzzer {
             }
             4 => {
                 let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
-                self.receive(u, *pick(rng, &[1, 4, ROOM]), 70000, flags).map(|_| ())
+                self.receive(u, *pick(rng, &[1, 4, ROOM]), 70000, flags)
+                    .map(|_| ())
             }
             _ => {
-                let (room, bytes) = (*pick(rng, &[0, 1, 2, ROOM]), *pick(rng, &[1, 100, 5000, 70000]));
+                let (room, bytes) = (
+                    *pick(rng, &[0, 1, 2, ROOM]),
+                    *pick(rng, &[1, 100, 5000, 70000]),
+                );
                 let bytes = if u.tcp { bytes } else { 70000 };
                 self.receive(u, room, bytes, libc::MSG_DONTWAIT).map(|_| ())
             }
@@ -565,10 +715,23 @@ impl Fuzzer {
     }
 
     /// One receive: whether there may be more.
-    fn receive(&mut self, u: &mut Under, room: usize, bytes: u64, flags: i32) -> anyhow::Result<bool> {
-        let space = (size_of::<libc::cmsghdr>() + size_of::<uapi::pmskb_desc>()).next_multiple_of(8);
-        let (control, to) = (self.arena.room((space * room) as u64), self.arena.room(bytes));
-        let iov = libc::iovec { iov_base: to as *mut libc::c_void, iov_len: bytes as usize };
+    fn receive(
+        &mut self,
+        u: &mut Under,
+        room: usize,
+        bytes: u64,
+        flags: i32,
+    ) -> anyhow::Result<bool> {
+        let space =
+            (size_of::<libc::cmsghdr>() + size_of::<uapi::pmskb_desc>()).next_multiple_of(8);
+        let (control, to) = (
+            self.arena.room((space * room) as u64),
+            self.arena.room(bytes),
+        );
+        let iov = libc::iovec {
+            iov_base: to as *mut libc::c_void,
+            iov_len: bytes as usize,
+        };
         let mut msg = libc::msghdr::zeroed();
         msg.msg_iov = self.arena.place(&bytes_of(&iov)) as *mut libc::iovec;
         msg.msg_iovlen = 1;
@@ -602,22 +765,38 @@ impl Fuzzer {
             let raw = self.arena.get(control, said.msg_controllen as _);
             let mut at = 0;
             while at + space <= raw.len() {
-                let d = self.arena.get_as::<uapi::pmskb_desc>(control + at as u64 + 16);
+                let d = self
+                    .arena
+                    .get_as::<uapi::pmskb_desc>(control + at as u64 + 16);
                 at += space;
                 let mut part = vec![0; d.len as usize];
                 let read = sys::pread(self.node, &mut part, d.offset);
-                ensure!(read == Ok(i64::from(d.len)), "what is described: {}", sys::shown(read));
+                ensure!(
+                    read == Ok(i64::from(d.len)),
+                    "what is described: {}",
+                    sys::shown(read)
+                );
                 if d.flags & uapi::PMSKB_DESC_PARTIAL == 0 {
-                    ensure!(d.len == d.pkt_len && d.pkt_off == 0, "not partial, but it is: {d:?}");
+                    ensure!(
+                        d.len == d.pkt_len && d.pkt_off == 0,
+                        "not partial, but it is: {d:?}"
+                    );
                     if !u.lies && u32::from(d.csum_kind) != uapi::PMSKB_CSUM_NONE {
                         let right = store::sum_of(&part);
-                        ensure!(d.csum == right, "a packet's sum is {right:#x}, and not that of {d:?}");
+                        ensure!(
+                            d.csum == right,
+                            "a packet's sum is {right:#x}, and not that of {d:?}"
+                        );
                     }
                 }
                 got.extend(&part);
                 u.held.push((d, part));
             }
-            ensure!(got.len() == n, "{n} bytes were returned, {} described", got.len());
+            ensure!(
+                got.len() == n,
+                "{n} bytes were returned, {} described",
+                got.len()
+            );
         } else {
             got = self.arena.get(to, n);
         }
@@ -632,7 +811,11 @@ impl Fuzzer {
                 let start = u.got.len() - got.len();
                 for (k, b) in got.iter().enumerate() {
                     let right = letter((start + k) as u64, HONEST);
-                    ensure!(*b == right, "byte {} of the stream is another one", start + k);
+                    ensure!(
+                        *b == right,
+                        "byte {} of the stream is another one",
+                        start + k
+                    );
                 }
             }
         }
@@ -663,10 +846,25 @@ impl Fuzzer {
     fn release(&mut self, u: &mut Under) -> anyhow::Result<()> {
         let tokens: Vec<u32> = u.held.drain(..).map(|(d, _)| d.token).collect();
         for some in tokens.chunks(1000) {
-            let ranges: Vec<u8> = some.iter().flat_map(|t| [t.to_ne_bytes(), 1u32.to_ne_bytes()].concat()).collect();
+            let ranges: Vec<u8> = some
+                .iter()
+                .flat_map(|t| [t.to_ne_bytes(), 1u32.to_ne_bytes()].concat())
+                .collect();
             let at = self.arena.place(&ranges);
-            let res = syscall!(SYS_setsockopt, u.fd, uapi::SOL_PMSKB, uapi::PMSKB_RELEASE, at, ranges.len());
-            ensure!(res == Ok(some.len() as i64), "RELEASE of {}: {}", some.len(), sys::shown(res));
+            let res = syscall!(
+                SYS_setsockopt,
+                u.fd,
+                uapi::SOL_PMSKB,
+                uapi::PMSKB_RELEASE,
+                at,
+                ranges.len()
+            );
+            ensure!(
+                res == Ok(some.len() as i64),
+                "RELEASE of {}: {}",
+                some.len(),
+                sys::shown(res)
+            );
         }
         Ok(())
     }
@@ -680,9 +878,22 @@ impl Fuzzer {
         let taken: Vec<_> = u.held.drain(..nr).collect();
         let (mut exts, mut bytes, mut ranges) = (Vec::new(), Vec::new(), Vec::new());
         for (d, all) in &taken {
-            let from = if one_in(rng, 3) { rng.below(u64::from(d.len)) } else { 0 } as usize;
-            let len = if one_in(rng, 3) { 1 + rng.below((all.len() - from) as u64) as usize } else { all.len() - from };
-            let ext = uapi::pmskb_ext { token: d.token, offset: from as u32, len: len as u32, reserved: 0 };
+            let from = if one_in(rng, 3) {
+                rng.below(u64::from(d.len))
+            } else {
+                0
+            } as usize;
+            let len = if one_in(rng, 3) {
+                1 + rng.below((all.len() - from) as u64) as usize
+            } else {
+                all.len() - from
+            };
+            let ext = uapi::pmskb_ext {
+                token: d.token,
+                offset: from as u32,
+                len: len as u32,
+                reserved: 0,
+            };
             exts.extend(bytes_of(&ext));
             ranges.push(d.offset + from as u64..d.offset + (from + len) as u64);
             bytes.extend(&all[from..from + len]);
@@ -690,7 +901,11 @@ impl Fuzzer {
         let key = format!("k{}", rng.below(20)).into_bytes();
         let op = uapi::pmskb_op {
             opcode: uapi::PMSKB_OP_PUT as u16,
-            flags: if one_in(rng, 4) { uapi::PMSKB_OP_CRC32C as u16 } else { 0 },
+            flags: if one_in(rng, 4) {
+                uapi::PMSKB_OP_CRC32C as u16
+            } else {
+                0
+            },
             fd: u.fd,
             key: self.arena.place(&key),
             key_len: key.len() as u32,
@@ -710,7 +925,10 @@ impl Fuzzer {
                 let got = got.map_err(|e| anyhow::anyhow!("put {seq}: {}", sys::name(e)))?;
                 ensure!(got.said.seq == seq as u64, "another record has the key");
                 if u.lies {
-                    ensure!(got.bytes.as_ref() == Ok(&bytes), "record {seq} has other bytes");
+                    ensure!(
+                        got.bytes.as_ref() == Ok(&bytes),
+                        "record {seq} has other bytes"
+                    );
                 } else {
                     got.is(&bytes)?;
                 }
@@ -746,8 +964,15 @@ impl Fuzzer {
             let read = self.catalog.read(&record, |part| logged.extend(part));
             ensure!(read == Ok(true), "record {}: {read:?}", record.seq);
             if !u.lies {
-                let (right, said) = (store::sum_of(&logged[start..]), record.meta.csum.get().to_be());
-                ensure!(right == said, "record {}: its bytes have the sum {right:#x}, it says {said:#x}", record.seq);
+                let (right, said) = (
+                    store::sum_of(&logged[start..]),
+                    record.meta.csum.get().to_be(),
+                );
+                ensure!(
+                    right == said,
+                    "record {}: its bytes have the sum {right:#x}, it says {said:#x}",
+                    record.seq
+                );
             }
         }
         self.tally.records += records;
@@ -756,7 +981,12 @@ impl Fuzzer {
             bail!("byte {at} of the log is from a packet with a wrong checksum");
         }
         if u.gaps && u.tcp {
-            ensure!(logged.len() >= u.got.len(), "{} bytes logged, {} received", logged.len(), u.got.len());
+            ensure!(
+                logged.len() >= u.got.len(),
+                "{} bytes logged, {} received",
+                logged.len(),
+                u.got.len()
+            );
             return Ok(());
         }
         let same = logged.iter().zip(&u.got).position(|(a, b)| a != b);
@@ -772,12 +1002,25 @@ impl Fuzzer {
     /// Nothing is left of a round: sockets, tokens, frames; the log is made empty.
     fn empty(&mut self, run: &Run) -> anyhow::Result<()> {
         self.make_room()?;
-        let res = store::plain(&self.arena, self.node, uapi::PMSKB_OP_TRUNCATE, &[], u64::MAX);
+        let res = store::plain(
+            &self.arena,
+            self.node,
+            uapi::PMSKB_OP_TRUNCATE,
+            &[],
+            u64::MAX,
+        );
         ensure!(res.is_ok(), "TRUNCATE: {}", sys::shown(res));
         let mut last = None;
         for nr in 0..400 {
             let i = info(&self.arena, self.node)?;
-            let left = (i.sockets, i.tokens, i.frames_held, i.frames_limbo, i.frames_sockets, i.records);
+            let left = (
+                i.sockets,
+                i.tokens,
+                i.frames_held,
+                i.frames_limbo,
+                i.frames_sockets,
+                i.records,
+            );
             let heads = self.before.heads_free - i.heads_free.min(self.before.heads_free);
             if left == (0, 0, 0, 0, 0, 0) && heads == 0 {
                 return store::adds_up(&i).context("at the end of a round");
@@ -792,4 +1035,3 @@ impl Fuzzer {
         bail!("left: (sockets, tokens, held, limbo, counted, records), heads: {last:?}");
     }
 }
-

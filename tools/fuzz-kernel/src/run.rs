@@ -19,6 +19,11 @@ use anyhow::Context;
 use clap::Args;
 use pmskb_uapi::core::sim::Rng;
 
+use crate::{
+    store,
+    sys::{self, Arena},
+};
+
 /// Options of every fuzzer.
 #[derive(Args, Clone)]
 pub struct Options {
@@ -34,8 +39,9 @@ pub struct Options {
     /// No new round after so many seconds
     #[arg(long)]
     pub seconds: Option<u64>,
-    /// What is done is written here before it is done: a file on the host, such as below /out,
-    /// is there after a crash
+    /// What is done is written here before it is done. A block device is best: its last 4 MiB
+    /// are on the host after a crash, as lines of text that begin with @ and a number, and a line
+    /// costs little. Else a file, such as below /out
     #[arg(long)]
     pub log: Option<PathBuf>,
     /// A round that takes longer hangs
@@ -43,9 +49,108 @@ pub struct Options {
     pub limit: u64,
 }
 
+/// Bytes of a log on a device; it goes round.
+const RING: u64 = 4 << 20;
+const BLOCK: usize = 4096;
+
+/// Where notes are written.
+enum Sink {
+    File(File),
+    Device {
+        fd: i32,
+        block: Vec<u8>,
+        skip: usize,
+        used: usize,
+        at: u64,
+    },
+}
+
+impl Sink {
+    fn open(path: &std::path::Path) -> anyhow::Result<Self> {
+        use std::os::unix::fs::FileTypeExt as _;
+        let cannot = || format!("cannot write a log to {}", path.display());
+        let is_device = fs::metadata(path).is_ok_and(|m| m.file_type().is_block_device());
+        if !is_device {
+            let file = File::options().create(true).append(true).open(path);
+            return Ok(Sink::File(file.with_context(cannot)?));
+        }
+        let mut size = File::open(path).with_context(cannot)?;
+        let size =
+            std::io::Seek::seek(&mut size, std::io::SeekFrom::End(0)).with_context(cannot)?;
+        let start = size.checked_sub(RING).with_context(cannot)? & !(RING - 1);
+        let fd = store::partition(&Arena::new()?, path, 9, start, RING)?;
+        let block = vec![0; 2 * BLOCK];
+        let skip = block.as_ptr().align_offset(BLOCK);
+        let mut sink = Sink::Device {
+            fd,
+            block,
+            skip,
+            used: 0,
+            at: 0,
+        };
+        // Nothing of an older one.
+        for _ in 0..RING / BLOCK as u64 {
+            sink.next();
+        }
+        Ok(sink)
+    }
+
+    fn next(&mut self) {
+        if let Sink::Device {
+            fd,
+            block,
+            skip,
+            used,
+            at,
+        } = self
+        {
+            let block = &mut block[*skip..*skip + BLOCK];
+            block.fill(0);
+            *used = 0;
+            let _ = sys::pwrite(*fd, block, *at);
+            *at = (*at + BLOCK as u64) % RING;
+        }
+    }
+
+    fn write(&mut self, line: &str) {
+        let full = match self {
+            Sink::File(file) => {
+                let _ = file.write_all(line.as_bytes());
+                return;
+            }
+            Sink::Device { used, .. } => *used + line.len() > BLOCK,
+        };
+        if full {
+            // The block stays as it is.
+            if let Sink::Device {
+                block, used, at, ..
+            } = self
+            {
+                *used = 0;
+                block.fill(0);
+                *at = (*at + BLOCK as u64) % RING;
+            }
+        }
+        if let Sink::Device {
+            fd,
+            block,
+            skip,
+            used,
+            at,
+        } = self
+        {
+            let block = &mut block[*skip..*skip + BLOCK];
+            let line = &line.as_bytes()[..line.len().min(BLOCK)];
+            block[*used..*used + line.len()].copy_from_slice(line);
+            *used += line.len();
+            let _ = sys::pwrite(*fd, block, *at);
+        }
+    }
+}
+
 /// A log, and a count of what was done, which says that the fuzzer is alive.
 pub struct Log {
-    file: Option<Mutex<File>>,
+    sink: Option<Mutex<Sink>>,
     done: AtomicU64,
     round: AtomicU64,
 }
@@ -53,16 +158,16 @@ pub struct Log {
 impl Log {
     /// What is about to be done. One write, so that the host has it when it begins.
     pub fn note(&self, what: &str) {
-        self.done.fetch_add(1, Ordering::Relaxed);
-        if let Some(file) = &self.file {
-            let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
-            let _ = file.write_all(format!("{what}\n").as_bytes());
+        let nr = self.done.fetch_add(1, Ordering::Relaxed);
+        if let Some(sink) = &self.sink {
+            let mut sink = sink.lock().unwrap_or_else(PoisonError::into_inner);
+            sink.write(&format!("@{nr} {what}\n"));
         }
     }
 
     /// Whether notes are read by anybody.
     pub fn wanted(&self) -> bool {
-        self.file.is_some()
+        self.sink.is_some()
     }
 
     /// Something was done that is not worth a line.
@@ -90,24 +195,24 @@ pub struct Run {
 impl Run {
     /// Starts the watch.
     pub fn new(what: &'static str, options: &Options) -> anyhow::Result<Self> {
-        let file = match &options.log {
-            Some(path) => {
-                let file = File::options().create(true).append(true).open(path);
-                Some(Mutex::new(file.with_context(|| {
-                    format!("cannot write a log to {}", path.display())
-                })?))
-            }
-            None => None,
-        };
+        let sink = options
+            .log
+            .as_deref()
+            .map(Sink::open)
+            .transpose()?
+            .map(Mutex::new);
         let log = Arc::new(Log {
-            file,
+            sink,
             done: AtomicU64::new(0),
             round: AtomicU64::new(options.from),
         });
         let limit = Duration::from_secs(options.limit);
         let (watched, seed) = (log.clone(), options.seed);
         thread::spawn(move || watch(what, seed, &watched, limit));
-        println!("# {what}: seed {}, from round {}", options.seed, options.from);
+        println!(
+            "# {what}: seed {}, from round {}",
+            options.seed, options.from
+        );
         Ok(Run {
             options: options.clone(),
             what,
@@ -135,7 +240,11 @@ impl Run {
         if self.said.elapsed() > Duration::from_secs(5) {
             self.said = Instant::now();
             let s = self.started.elapsed().as_secs();
-            println!("# {}: {nr} rounds, {} steps, {s} s", self.what, self.log.count());
+            println!(
+                "# {}: {nr} rounds, {} steps, {s} s",
+                self.what,
+                self.log.count()
+            );
         }
         let round = self.next;
         self.next += 1;
@@ -175,7 +284,11 @@ fn watch(what: &str, seed: u64, log: &Log, limit: Duration) {
         } else if since.elapsed() > limit {
             let round = log.round.load(Ordering::Relaxed);
             println!("# nothing was done for {} s; threads:", limit.as_secs());
-            for task in fs::read_dir("/proc/self/task").into_iter().flatten().flatten() {
+            for task in fs::read_dir("/proc/self/task")
+                .into_iter()
+                .flatten()
+                .flatten()
+            {
                 let stack = fs::read_to_string(task.path().join("stack")).unwrap_or_default();
                 for line in stack.lines() {
                     println!("#   {} {line}", task.file_name().to_string_lossy());

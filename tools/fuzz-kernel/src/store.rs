@@ -8,14 +8,19 @@ use anyhow::{bail, ensure, Context};
 use pmskb_uapi::{core::csum::Sum, sys as uapi};
 
 use crate::{
-    syscall,
     sys::{self, bytes_of, Arena, Res},
+    syscall,
 };
 
 /// Opens a file; the descriptor is the caller's to close.
 pub fn open(path: &Path, flags: i32) -> anyhow::Result<i32> {
     let name = CString::new(path.to_string_lossy().as_bytes())?;
-    let fd = syscall!(SYS_openat, libc::AT_FDCWD, name.as_ptr() as u64, flags | libc::O_CLOEXEC);
+    let fd = syscall!(
+        SYS_openat,
+        libc::AT_FDCWD,
+        name.as_ptr() as u64,
+        flags | libc::O_CLOEXEC
+    );
     match fd {
         Ok(fd) => Ok(fd as i32),
         Err(e) => bail!("cannot open {}: {}", path.display(), sys::name(e)),
@@ -47,7 +52,12 @@ impl Control {
             head_bytes,
             ..Default::default()
         };
-        syscall!(SYS_ioctl, self.fd, uapi::IOC_FORMAT, arena.place(&bytes_of(&arg)))
+        syscall!(
+            SYS_ioctl,
+            self.fd,
+            uapi::IOC_FORMAT,
+            arena.place(&bytes_of(&arg))
+        )
     }
 
     /// Attaches the device's store: its number, or an errno.
@@ -69,7 +79,12 @@ impl Control {
             timeout_ms,
             reserved: 0,
         };
-        syscall!(SYS_ioctl, self.fd, uapi::IOC_DETACH, arena.place(&bytes_of(&arg)))
+        syscall!(
+            SYS_ioctl,
+            self.fd,
+            uapi::IOC_DETACH,
+            arena.place(&bytes_of(&arg))
+        )
     }
 }
 
@@ -106,7 +121,10 @@ pub fn adds_up(i: &uapi::pmskb_store_info) -> anyhow::Result<()> {
         "frames do not add up: {parts} of {}: {i:?}",
         i.frames_total
     );
-    ensure!(i.frames_reserve <= i.frames_free, "the reserve is not free: {i:?}");
+    ensure!(
+        i.frames_reserve <= i.frames_free,
+        "the reserve is not free: {i:?}"
+    );
     Ok(())
 }
 
@@ -119,7 +137,12 @@ pub fn submit_one(arena: &Arena, store: i32, op: &uapi::pmskb_op) -> Result<Res,
         nr: 1,
         ..Default::default()
     };
-    syscall!(SYS_ioctl, store, uapi::IOC_SUBMIT, arena.place(&bytes_of(&s)))?;
+    syscall!(
+        SYS_ioctl,
+        store,
+        uapi::IOC_SUBMIT,
+        arena.place(&bytes_of(&s))
+    )?;
     let res = arena.get_as::<uapi::pmskb_result>(results).res;
     Ok(if res < 0 { Err(-res as i32) } else { Ok(res) })
 }
@@ -190,7 +213,11 @@ pub fn get(arena: &Arena, store: i32, key: &[u8], seq: u64) -> Result<Got, i32> 
     let arg = uapi::pmskb_open {
         key: if key.is_empty() { 0 } else { arena.place(key) },
         key_len: key.len() as u32,
-        flags: if key.is_empty() { uapi::PMSKB_OPEN_SEQ } else { 0 },
+        flags: if key.is_empty() {
+            uapi::PMSKB_OPEN_SEQ
+        } else {
+            0
+        },
         seq: if key.is_empty() { seq } else { 0 },
         ..Default::default()
     };
@@ -203,7 +230,9 @@ pub fn get(arena: &Arena, store: i32, key: &[u8], seq: u64) -> Result<Got, i32> 
         let off = bytes.as_ref().map_or(0, Vec::len);
         match sys::pread(said.fd, &mut part, off as u64) {
             Ok(0) => break,
-            Ok(n) => bytes.as_mut().map_or((), |all| all.extend(&part[..n as usize])),
+            Ok(n) => bytes
+                .as_mut()
+                .map_or((), |all| all.extend(&part[..n as usize])),
             Err(e) => bytes = Err(e),
         }
         if bytes.is_err() {
@@ -254,12 +283,22 @@ pub fn sum_of(bytes: &[u8]) -> u16 {
 }
 
 /// A partition of a block device, in the kernel's memory only: its descriptor, O_DIRECT.
-pub fn partition(arena: &Arena, device: &Path, nr: i32, start: u64, len: u64) -> anyhow::Result<i32> {
+pub fn partition(
+    arena: &Arena,
+    device: &Path,
+    nr: i32,
+    start: u64,
+    len: u64,
+) -> anyhow::Result<i32> {
     let whole = open(device, libc::O_RDWR)?;
     let made = sys::partition(arena, whole, nr, start, len);
     let _ = sys::close(whole);
     if let Err(e) = made {
-        bail!("cannot make a partition of {}: {}", device.display(), sys::name(e));
+        bail!(
+            "cannot make a partition of {}: {}",
+            device.display(),
+            sys::name(e)
+        );
     }
     let node = format!("{}p{nr}", device.display());
     for _ in 0..100 {

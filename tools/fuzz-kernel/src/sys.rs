@@ -139,7 +139,9 @@ impl Arena {
         let many = at >= self.base && end <= self.base + PAGES * PAGE;
         // Of the single ones, all within the same.
         let first = self.base + (PAGES + 3) * PAGE;
-        let one = at >= first && end <= first + 2 * ENDS * PAGE && (at - first) % (2 * PAGE) + len as u64 <= PAGE;
+        let one = at >= first
+            && end <= first + 2 * ENDS * PAGE
+            && (at - first) % (2 * PAGE) + len as u64 <= PAGE;
         many || one
     }
 
@@ -328,14 +330,24 @@ impl Ring {
 
     /// Carries requests out, in order if they are linked, and waits for so many completions, but
     /// not for longer than that. Their results, of those that there are.
-    pub fn run(&mut self, requests: &[io_uring::squeue::Entry], wait: usize, ms: u32) -> Vec<(u64, i32)> {
+    pub fn run(
+        &mut self,
+        requests: &[io_uring::squeue::Entry],
+        wait: usize,
+        ms: u32,
+    ) -> Vec<(u64, i32)> {
         // SAFETY: requests point into an arena, which stays for good, or nowhere.
         if unsafe { self.0.submission().push_multiple(requests) }.is_err() {
             return Vec::new();
         }
-        let limit = io_uring::types::Timespec::new().sec(u64::from(ms / 1000)).nsec(ms % 1000 * 1_000_000);
+        let limit = io_uring::types::Timespec::new()
+            .sec(u64::from(ms / 1000))
+            .nsec(ms % 1000 * 1_000_000);
         let args = io_uring::types::SubmitArgs::new().timespec(&limit);
         let _ = self.0.submitter().submit_with_args(wait, &args);
-        self.0.completion().map(|c| (c.user_data(), c.result())).collect()
+        self.0
+            .completion()
+            .map(|c| (c.user_data(), c.result()))
+            .collect()
     }
 }

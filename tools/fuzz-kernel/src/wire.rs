@@ -38,7 +38,12 @@ impl Path {
 
     fn pseudo(&self, protocol: u8, len: u32) -> Sum {
         if self.v4 {
-            pseudo_v4(Self::four(&self.peer), Self::four(&self.host), protocol, len)
+            pseudo_v4(
+                Self::four(&self.peer),
+                Self::four(&self.host),
+                protocol,
+                len,
+            )
         } else {
             pseudo_v6(&self.peer, &self.host, protocol, len)
         }
@@ -82,7 +87,12 @@ impl Vnet {
         let mut out = [0; 10];
         out[0] = self.flags;
         out[1] = self.gso_type;
-        for (at, word) in [(2, self.hdr_len), (4, self.gso_size), (6, self.csum_start), (8, self.csum_offset)] {
+        for (at, word) in [
+            (2, self.hdr_len),
+            (4, self.gso_size),
+            (6, self.csum_start),
+            (8, self.csum_offset),
+        ] {
             out[at..at + 2].copy_from_slice(&word.to_ne_bytes());
         }
         out
@@ -92,7 +102,24 @@ impl Vnet {
     pub fn hostile(&mut self, rng: &mut Rng, len: usize) {
         let len = len as u64;
         let odd = |rng: &mut Rng| {
-            let near = [0, 1, 2, 7, 8, 20, 40, 54, 64, 536, 1448, len - 1, len, len + 1, 0x7fff, 0xffff];
+            let near = [
+                0,
+                1,
+                2,
+                7,
+                8,
+                20,
+                40,
+                54,
+                64,
+                536,
+                1448,
+                len - 1,
+                len,
+                len + 1,
+                0x7fff,
+                0xffff,
+            ];
             if one_in(rng, 4) {
                 rng.next() as u16
             } else {
@@ -113,7 +140,15 @@ impl Vnet {
 }
 
 /// A transport header and what follows it.
-pub fn tcp(ports: (u16, u16), seq: u32, ack: u32, flags: u8, urgent: u16, options: &[u8], payload: &[u8]) -> Vec<u8> {
+pub fn tcp(
+    ports: (u16, u16),
+    seq: u32,
+    ack: u32,
+    flags: u8,
+    urgent: u16,
+    options: &[u8],
+    payload: &[u8],
+) -> Vec<u8> {
     let mut out = Vec::with_capacity(20 + options.len() + payload.len());
     out.extend(ports.0.to_be_bytes());
     out.extend(ports.1.to_be_bytes());
@@ -171,19 +206,36 @@ pub fn packets(
         Check::Wrong | Check::Vouched => {
             let wrong = right ^ 0x0101;
             // Of UDP, 0 is none; and both zeroes are one.
-            if [0, 0xffff].contains(&wrong) || [0, 0xffff].contains(&right) { 0x1234 } else { wrong }
+            if [0, 0xffff].contains(&wrong) || [0, 0xffff].contains(&right) {
+                0x1234
+            } else {
+                wrong
+            }
         }
         Check::Partial => pseudo.get(),
         Check::None => 0,
     };
-    let field = if protocol == 17 && field == 0 && check != Check::None { 0xffff } else { field };
+    let field = if protocol == 17 && field == 0 && check != Check::None {
+        0xffff
+    } else {
+        field
+    };
     if let Some(to) = body.get_mut(at..at + 2) {
         to.copy_from_slice(&field.to_be_bytes());
     }
     let mut vnet = Vnet::default();
-    let header = if protocol == 6 { (body[12] >> 4) as usize * 4 } else { 8 };
+    let header = if protocol == 6 {
+        (body[12] >> 4) as usize * 4
+    } else {
+        8
+    };
     let outer: usize = if path.v4 {
-        20 + around.options.iter().map(|o| o.1.len()).sum::<usize>().next_multiple_of(4)
+        20 + around
+            .options
+            .iter()
+            .map(|o| o.1.len())
+            .sum::<usize>()
+            .next_multiple_of(4)
     } else {
         40 + around.options.iter().map(|o| o.1.len()).sum::<usize>()
     };
@@ -206,7 +258,11 @@ pub fn packets(
         _ => (),
     }
     let whole = around.fragment == 0;
-    let step = if whole { body.len().max(1) } else { around.fragment.next_multiple_of(8).max(8) };
+    let step = if whole {
+        body.len().max(1)
+    } else {
+        around.fragment.next_multiple_of(8).max(8)
+    };
     let mut pieces: Vec<usize> = (0..body.len().max(1)).step_by(step).collect();
     if around.backwards {
         pieces.reverse();
@@ -215,9 +271,25 @@ pub fn packets(
         .into_iter()
         .map(|off| {
             let end = (off + step + around.overlap).min(body.len());
-            let end = if end < body.len() { off + (end - off) / 8 * 8 } else { end };
+            let end = if end < body.len() {
+                off + (end - off) / 8 * 8
+            } else {
+                end
+            };
             let more = end < body.len();
-            (vnet, one(path, protocol, &body[off..end], around, id, whole, off, more))
+            (
+                vnet,
+                one(
+                    path,
+                    protocol,
+                    &body[off..end],
+                    around,
+                    id,
+                    whole,
+                    off,
+                    more,
+                ),
+            )
         })
         .collect()
 }
@@ -286,7 +358,13 @@ pub fn options(rng: &mut Rng, v4: bool) -> Vec<(u8, Vec<u8>)> {
                 let router_alert = vec![148, 4, 0, 0];
                 let record = vec![7, 7, 4, 0, 0, 0, 0, 1];
                 let stamp = vec![68, 8, 5, 0, 0, 0, 0, 0];
-                let all = [router_alert, record, stamp, vec![1, 1, 1, 1], random(rng, 8)];
+                let all = [
+                    router_alert,
+                    record,
+                    stamp,
+                    vec![1, 1, 1, 1],
+                    random(rng, 8),
+                ];
                 (0, pick(rng, &all).clone())
             } else {
                 let number = *pick(rng, &[0, 60, 60, 43, 51, 135]);
@@ -325,7 +403,8 @@ pub fn hurt(rng: &mut Rng, packet: &mut Vec<u8>) {
                 packet.extend(random(rng, more).iter().map(|b| b & 0x3f | 0x40));
             }
             _ => {
-                let len = (packet.len() as u16).wrapping_add(*pick(rng, &[0u16, 1, 8, 0xffff, 0xfff8, 1000]));
+                let len = (packet.len() as u16)
+                    .wrapping_add(*pick(rng, &[0u16, 1, 8, 0xffff, 0xfff8, 1000]));
                 let at = if packet[0] >> 4 == 4 { 2 } else { 4 };
                 if let Some(to) = packet.get_mut(at..at + 2) {
                     to.copy_from_slice(&len.to_be_bytes());
@@ -367,7 +446,11 @@ pub fn heard(framed: &[u8], ports: (u16, u16)) -> Option<Said> {
         _ => (40, *packet.get(6)?, packet.len()),
     };
     let t = packet.get(head..)?;
-    if protocol != 6 || t.len() < 20 || t[..2] != ports.1.to_be_bytes() || t[2..4] != ports.0.to_be_bytes() {
+    if protocol != 6
+        || t.len() < 20
+        || t[..2] != ports.1.to_be_bytes()
+        || t[2..4] != ports.0.to_be_bytes()
+    {
         return None;
     }
     let word = |at: usize| u32::from_be_bytes([t[at], t[at + 1], t[at + 2], t[at + 3]]);

@@ -204,7 +204,11 @@ fn scattered(store: &mut MemoryStore<'_>, n: u64, pieces: usize, keyed: bool) {
         },
         extents: &extents,
         meta: meta(n, &bytes),
-        mode: if keyed { PutMode::Create } else { PutMode::Upsert },
+        mode: if keyed {
+            PutMode::Create
+        } else {
+            PutMode::Upsert
+        },
         if_seq: None,
     };
     store.put(&args).unwrap();
