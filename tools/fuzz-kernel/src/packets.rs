@@ -286,7 +286,8 @@ impl Fuzzer {
             u.auto
         ));
         let done = self.open(&mut u, rng).and_then(|()| {
-            for _ in 0..4 + rng.below(60) {
+            let most = *pick(rng, &[20, 60, 60, 400]);
+            for _ in 0..4 + rng.below(most) {
                 self.step(&mut u, rng, run)?;
             }
             self.drain(&mut u, rng)?;
@@ -681,7 +682,7 @@ impl Fuzzer {
 
     /// The application does something.
     fn act(&mut self, u: &mut Under, rng: &mut Rng) -> anyhow::Result<()> {
-        match rng.below(8) {
+        match rng.below(12) {
             0 => {
                 // Between any two bytes.
                 u.desc = !u.desc;
@@ -692,7 +693,7 @@ impl Fuzzer {
                     u32::from(u.desc),
                 )
             }
-            1 => self.put(u, rng),
+            1 | 8..=10 => self.put(u, rng),
             2 => self.release(u),
             3 => {
                 let n = *pick(rng, &[0, 1, 100, 65536]);

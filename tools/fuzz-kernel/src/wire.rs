@@ -413,6 +413,9 @@ pub fn hurt(rng: &mut Rng, packet: &mut Vec<u8>) {
         }
     }
     // Else nothing behind the header is ever looked at.
+    if packet.is_empty() {
+        return;
+    }
     if packet[0] >> 4 == 4 && packet.len() >= 20 && !one_in(rng, 8) {
         let head = ((packet[0] & 15) as usize * 4).clamp(20, packet.len());
         packet[10..12].fill(0);
