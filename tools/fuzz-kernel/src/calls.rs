@@ -37,6 +37,12 @@ pub struct Calls {
     /// Calls of a round
     #[arg(long, default_value_t = 300)]
     ops: u64,
+    /// Calls to leave out, by their numbers: what is left does what it did
+    #[arg(long, value_delimiter = ',')]
+    skip: Vec<u64>,
+    /// How long to wait for what is left of a round, ms
+    #[arg(long, default_value_t = 6000)]
+    patience: u64,
     /// Threads: 1 compares with a model. Without it the round says
     #[arg(long)]
     threads: Option<u64>,
@@ -259,7 +265,13 @@ fn round(
                         log,
                         nr: t,
                     };
-                    for _ in 0..a.ops / threads {
+                    let first = thread.rng.next();
+                    for nr in 0..a.ops / threads {
+                        // A call does not depend on how many numbers those before it took.
+                        thread.rng = Rng(Rng(first ^ nr).next());
+                        if a.skip.contains(&nr) {
+                            continue;
+                        }
                         thread.step()?;
                     }
                     Ok(())
@@ -288,7 +300,7 @@ fn round(
     }
     checked.context("at the end")?;
     for minor in minors {
-        empty(arena, minor, run)?;
+        empty(arena, minor, run, a.patience)?;
     }
     for minor in minors {
         let mut gone = Err(0);
@@ -390,11 +402,21 @@ fn close_all(world: &World) {
     }
 }
 
+/// What this process still has of the module's, which would be a mistake of the fuzzer's.
+fn ours() -> String {
+    let links = std::fs::read_dir("/proc/self/fd").into_iter().flatten().flatten();
+    let fds = links.filter_map(|fd| std::fs::read_link(fd.path()).ok());
+    let fds: Vec<String> = fds.map(|to| to.to_string_lossy().into_owned()).collect();
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+    let maps: Vec<&str> = maps.lines().filter(|line| line.contains("pmskb")).collect();
+    format!("descriptors {fds:?}, mappings {maps:?}")
+}
+
 /// Nothing is left of a round.
-fn empty(arena: &Arena, minor: u32, run: &Run) -> anyhow::Result<()> {
+fn empty(arena: &Arena, minor: u32, run: &Run, patience: u64) -> anyhow::Result<()> {
     let node = store::node(minor, libc::O_RDWR)?;
     let mut left = String::new();
-    for nr in 0..600 {
+    for nr in 0..=patience / 10 {
         let i = store::info(arena, node).map_err(|e| anyhow::anyhow!("INFO: {}", sys::name(e)))?;
         if (
             i.sockets,
@@ -418,7 +440,7 @@ fn empty(arena: &Arena, minor: u32, run: &Run) -> anyhow::Result<()> {
         run.log.tick();
     }
     let _ = sys::close(node);
-    bail!("left in store {minor}: {left}")
+    bail!("left in store {minor}: {left}; {}", ours())
 }
 
 use libc::{
@@ -1076,6 +1098,10 @@ impl Thread<'_> {
             }
             let d: uapi::pmskb_desc = self.arena.get_as(control + off + 16);
             off += step.next_multiple_of(8);
+            if d.store != self.world.minors[0] {
+                self.lost(sock.fd);
+                return Ok(());
+            }
             let bytes = self.at_store(d.offset, d.len);
             if self.world.strict
                 && d.flags & uapi::PMSKB_DESC_PARTIAL == 0
@@ -1326,6 +1352,16 @@ impl Thread<'_> {
             &[SUBMIT, fail, &[EUNATCH, ENOPROTOOPT, EOPNOTSUPP, EBUSY]],
             wrong,
         )?;
+        if sane && results >= 4096 && results < self.arena.nothing() && self.log.wanted() {
+            let said = (0..nr).map(|n| self.arena.get_as::<uapi::pmskb_result>(results + 16 * n).res);
+            let said: Vec<String> = said.map(|res| res.to_string()).collect();
+            self.note(&format!("= {}: {}", sys::shown(res), said.join(" ")));
+        }
+        // The stranger's store has a model of nobody's.
+        if self.world.strict && self.store_of(by_option, if by_option { fd } else { node }) != Some(self.world.minors[0]) {
+            self.forget(&ops, fd);
+            return Ok(());
+        }
         let carried_out = res.is_ok() || s.flags & uapi::PMSKB_SUBMIT_FAIL != 0;
         if !carried_out || !sane || results < 4096 || results >= self.arena.nothing() {
             self.forget(&ops, fd);
@@ -1348,6 +1384,17 @@ impl Thread<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Which store a socket is attached to, or a descriptor is of.
+    fn store_of(&self, socket: bool, fd: i32) -> Option<u32> {
+        if !socket {
+            return store::info(self.arena, fd).ok().map(|info| info.minor);
+        }
+        let size = size_of::<uapi::pmskb_sock_info>() as u32;
+        let (at, len) = (self.arena.room(u64::from(size)), self.arena.place(&size.to_ne_bytes()));
+        syscall!(SYS_getsockopt, fd, SOL, uapi::PMSKB_INFO, at, len).ok()?;
+        Some(self.arena.get_as::<uapi::pmskb_sock_info>(at).store)
     }
 
     fn by_ring(&mut self, request: squeue::Entry) -> Res {
@@ -1392,6 +1439,7 @@ impl Thread<'_> {
             bytes: Vec::new(),
             tokens: Vec::new(),
             spoilt: false,
+            ranges: Vec::new(),
         };
         let kind = self.rng.below(10);
         let mut exts: Vec<uapi::pmskb_ext> = Vec::new();
@@ -1523,6 +1571,7 @@ impl Thread<'_> {
         if wrong && one_in(&mut self.rng, 2) {
             p.spoil(&mut self.rng, &mut exts);
         }
+        p.ranges = exts.iter().map(|e| (e.token, e.offset, e.len)).collect();
         let raw: Vec<u8> = exts.iter().flat_map(bytes_of).collect();
         p.raw.extents = if raw.is_empty() {
             0
@@ -1569,12 +1618,18 @@ impl Thread<'_> {
                     "CREATE of a key that was there"
                 );
             }
-            if known {
-                ensure!(
-                    u32::from(result.csum_kind) == 0 || result.csum == store::sum_of(&op.bytes),
-                    "put {seq} says {:#x}, its bytes have {:#x}",
+            let right = store::sum_of(&op.bytes);
+            if known && u32::from(result.csum_kind) != 0 && result.csum != right {
+                let node = pool.nodes.first().copied().unwrap_or(-1);
+                let got = store::get(self.arena, node, &[], seq).ok().and_then(|got| got.bytes.ok());
+                let differ = got.as_ref().map(|got| got.iter().zip(&op.bytes).position(|(a, b)| a != b));
+                let there = got.as_ref().map(|got| (got.len(), store::sum_of(got)));
+                bail!(
+                    "put {seq} says {:#x}, {} bytes have {right:#x}; there are, with the sum, {there:x?}; \
+                     they differ at {differ:?}; extents {:?}",
                     result.csum,
-                    store::sum_of(&op.bytes)
+                    op.bytes.len(),
+                    op.ranges
                 );
             }
             if flags & uapi::PMSKB_OP_KEEP == 0 {
@@ -2107,6 +2162,10 @@ impl Thread<'_> {
         let nr = self.rng.below(pool.maps.len() as u64) as usize;
         let (at, len) = pool.maps[nr];
         let part = (self.rng.below(len / 4096 + 1) * 4096).min(len);
+        // Somebody else's may be there soon.
+        for buf in pool.bufs.iter_mut().filter(|buf| buf.map == at) {
+            buf.map = 0;
+        }
         let (what, res): (&'static str, Res) = match self.rng.below(7) {
             0 => {
                 pool.maps.remove(nr);
@@ -2333,14 +2392,14 @@ impl Thread<'_> {
                 self.expect("shutdown", res, &[&[ENOTCONN, EINVAL]], false)
             }
             2 => {
-                // A disconnect.
+                // A disconnect; kTLS, which a socket may have by now, has none.
                 self.lost(sock.fd);
                 let mut a = libc::sockaddr_in6::zeroed();
                 a.sin6_family = libc::AF_UNSPEC as u16;
                 let at = self.arena.place(&bytes_of(&a));
                 self.note(&format!("disconnect {}", sock.fd));
                 let res = syscall!(SYS_connect, sock.fd, at, size_of::<libc::sockaddr_in6>());
-                self.expect("disconnect", res, &[], false)
+                self.expect("disconnect", res, &[&[EOPNOTSUPP]], false)
             }
             3 => {
                 let (name, value) = *pick(
@@ -2402,6 +2461,8 @@ struct Planned {
     bytes: Vec<u8>,
     tokens: Vec<u32>,
     spoilt: bool,
+    /// Of its extents, what they say.
+    ranges: Vec<(u32, u32, u32)>,
 }
 
 impl Planned {
@@ -2417,13 +2478,14 @@ impl Planned {
 
     fn short(&self) -> String {
         format!(
-            "{} fd {} flags {:x} key {} exts {} seq {}",
+            "{} fd {} flags {:x} key {} exts {} seq {} {:?}",
             self.name(),
             self.raw.fd,
             self.raw.flags,
             self.raw.key_len,
             self.raw.nr_extents,
-            self.raw.seq
+            self.raw.seq,
+            self.ranges
         )
     }
 
