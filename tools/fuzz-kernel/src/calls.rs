@@ -404,7 +404,10 @@ fn close_all(world: &World) {
 
 /// What this process still has of the module's, which would be a mistake of the fuzzer's.
 fn ours() -> String {
-    let links = std::fs::read_dir("/proc/self/fd").into_iter().flatten().flatten();
+    let links = std::fs::read_dir("/proc/self/fd")
+        .into_iter()
+        .flatten()
+        .flatten();
     let fds = links.filter_map(|fd| std::fs::read_link(fd.path()).ok());
     let fds: Vec<String> = fds.map(|to| to.to_string_lossy().into_owned()).collect();
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
@@ -418,14 +421,10 @@ fn empty(arena: &Arena, minor: u32, run: &Run, patience: u64) -> anyhow::Result<
     let mut left = String::new();
     for nr in 0..=patience / 10 {
         let i = store::info(arena, node).map_err(|e| anyhow::anyhow!("INFO: {}", sys::name(e)))?;
-        if (
-            i.sockets,
-            i.tokens,
-            i.frames_held,
-            i.frames_limbo,
-            i.frames_sockets,
-        ) == (0, 0, 0, 0, 0)
-        {
+        // What compaction moves bytes into is held until it is full.
+        let filling = u64::from(i.moved_bytes > 0);
+        let left_over = i.sockets + i.tokens + i.frames_limbo + i.frames_sockets;
+        if left_over == 0 && i.frames_held <= filling {
             let _ = sys::close(node);
             return store::adds_up(&i).context("at the end of a round");
         }
@@ -1353,12 +1352,19 @@ impl Thread<'_> {
             wrong,
         )?;
         if sane && results >= 4096 && results < self.arena.nothing() && self.log.wanted() {
-            let said = (0..nr).map(|n| self.arena.get_as::<uapi::pmskb_result>(results + 16 * n).res);
+            let said = (0..nr).map(|n| {
+                self.arena
+                    .get_as::<uapi::pmskb_result>(results + 16 * n)
+                    .res
+            });
             let said: Vec<String> = said.map(|res| res.to_string()).collect();
             self.note(&format!("= {}: {}", sys::shown(res), said.join(" ")));
         }
         // The stranger's store has a model of nobody's.
-        if self.world.strict && self.store_of(by_option, if by_option { fd } else { node }) != Some(self.world.minors[0]) {
+        if self.world.strict
+            && self.store_of(by_option, if by_option { fd } else { node })
+                != Some(self.world.minors[0])
+        {
             self.forget(&ops, fd);
             return Ok(());
         }
@@ -1392,7 +1398,10 @@ impl Thread<'_> {
             return store::info(self.arena, fd).ok().map(|info| info.minor);
         }
         let size = size_of::<uapi::pmskb_sock_info>() as u32;
-        let (at, len) = (self.arena.room(u64::from(size)), self.arena.place(&size.to_ne_bytes()));
+        let (at, len) = (
+            self.arena.room(u64::from(size)),
+            self.arena.place(&size.to_ne_bytes()),
+        );
         syscall!(SYS_getsockopt, fd, SOL, uapi::PMSKB_INFO, at, len).ok()?;
         Some(self.arena.get_as::<uapi::pmskb_sock_info>(at).store)
     }
@@ -1621,8 +1630,12 @@ impl Thread<'_> {
             let right = store::sum_of(&op.bytes);
             if known && u32::from(result.csum_kind) != 0 && result.csum != right {
                 let node = pool.nodes.first().copied().unwrap_or(-1);
-                let got = store::get(self.arena, node, &[], seq).ok().and_then(|got| got.bytes.ok());
-                let differ = got.as_ref().map(|got| got.iter().zip(&op.bytes).position(|(a, b)| a != b));
+                let got = store::get(self.arena, node, &[], seq)
+                    .ok()
+                    .and_then(|got| got.bytes.ok());
+                let differ = got
+                    .as_ref()
+                    .map(|got| got.iter().zip(&op.bytes).position(|(a, b)| a != b));
                 let there = got.as_ref().map(|got| (got.len(), store::sum_of(got)));
                 bail!(
                     "put {seq} says {:#x}, {} bytes have {right:#x}; there are, with the sum, {there:x?}; \
@@ -2361,8 +2374,8 @@ impl Thread<'_> {
             0 => {
                 let nr = 0xbc00
                     | self.rng.below(0x20)
-                    | self.rng.below(4) << 30
-                    | self.rng.below(300) << 16;
+                    | (self.rng.below(4) << 30)
+                    | (self.rng.below(300) << 16);
                 // Not those that would detach, format, or make descriptors that nobody closes.
                 let at = self.arena.room(4000);
                 self.note(&format!("ioctl {node} {nr:x}"));

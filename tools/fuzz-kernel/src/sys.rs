@@ -198,7 +198,7 @@ pub fn nudge(arena: &Arena) {
     let size = crate::syscall!(SYS_sched_getaffinity, 0, 128, mask).unwrap_or(8);
     let all = arena.get(mask, size as usize);
     for cpu in 0..all.len() * 8 {
-        if all[cpu / 8] >> (cpu % 8) & 1 == 0 {
+        if (all[cpu / 8] >> (cpu % 8)) & 1 == 0 {
             continue;
         }
         let mut one = vec![0; all.len()];

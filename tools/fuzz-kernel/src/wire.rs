@@ -154,7 +154,7 @@ pub fn tcp(
     out.extend(ports.1.to_be_bytes());
     out.extend(seq.to_be_bytes());
     out.extend(ack.to_be_bytes());
-    out.push(((20 + options.len()) / 4 << 4) as u8);
+    out.push((((20 + options.len()) / 4) << 4) as u8);
     out.push(flags);
     out.extend(60000u16.to_be_bytes());
     out.extend([0, 0]);
