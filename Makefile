@@ -30,6 +30,7 @@ export MINUTES
 endif
 CUTS ?= 200
 SEED ?= 1
+export SEED
 
 all:
 	@$(LAB) all
@@ -55,7 +56,7 @@ torture:
 test:
 	@$(LAB) $@ $(if $(AGAIN),--again)
 
-test-debug test-faults lint fuzz:
+test-debug test-faults lint fuzz fuzz-kernel:
 	@$(LAB) $@
 
 crash:
@@ -90,6 +91,8 @@ help:
 	@echo '  make bench-core  what the core costs, beside LMDB and RocksDB (5 minutes; QUICK=1: 10 s)'
 	@echo '  make crash       every crash state of every short history of the store; an hour'
 	@echo '  make fuzz        damaged images and random operations; MINUTES=n for each target (30)'
+	@echo '  make fuzz-kernel calls, damaged images and packets, at the module in a guest; MINUTES=n for'
+	@echo '                   each (10), SEED=s (1); KERNEL=$(KERNEL)-debug on a debug kernel'
 	@echo '  make vm          a shell in a virtual machine with a store attached'
 	@echo '  make kernel      the kernel to build against; also: root rootfs'
 	@echo '  make module      pmskb.ko; also: tools selftests docs'
@@ -105,7 +108,7 @@ help:
 	@echo
 	@echo 'More: README.md, tools/lab/README.md'
 
-.PHONY: all root kernel module tools selftests docs rootfs vm demo bite torture test test-debug test-faults lint crash fuzz bench bench-core clean distclean help
+.PHONY: all root kernel module tools selftests docs rootfs vm demo bite torture test test-debug test-faults lint crash fuzz fuzz-kernel bench bench-core clean distclean help
 endif
 
 endif

@@ -122,7 +122,8 @@ impl Object {
                 .checked_add(extent.len)
                 .filter(|end| *end <= record.len)
                 .ok_or(errno(bindings::EUCLEAN))?;
-            hold(self.store.frames(), extent)?;
+            // A frame that is free: the extent cannot be right.
+            hold(self.store.frames(), extent).map_err(|_| errno(bindings::EUCLEAN))?;
             let span = Span {
                 off: extent.off,
                 end,

@@ -86,7 +86,7 @@ impl Anatomy {
             }
         }
         assert!(!anatomy.records.is_empty() && !anatomy.firsts.is_empty());
-        assert!(anatomy.lists.iter().all(|list| list.1 != 0) && anatomy.lists.len() == 3);
+        assert!(anatomy.lists.iter().all(|list| list.1 != 0) && anatomy.lists.len() == 4);
         anatomy
     }
 

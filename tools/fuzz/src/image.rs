@@ -69,7 +69,7 @@ struct Base {
 }
 
 thread_local! {
-    static BASES: [Base; 3] = [Left::Closed, Left::Attached, Left::InForce].map(|left| {
+    static BASES: [Base; 4] = Left::ALL.map(|left| {
         let mem = Scratch::new(seed::image(left));
         let anatomy = Anatomy::of(&mem);
         assert!(anatomy.bases_differ(&mem), "or checks that depend on it never run");

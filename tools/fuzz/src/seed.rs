@@ -25,6 +25,13 @@ pub enum Left {
     Attached,
     /// A batch area is in force, and none of its words are in their places.
     InForce,
+    /// As closed, its log truncated; only the second superblock says so, and the first is torn.
+    Second,
+}
+
+impl Left {
+    /// All of them.
+    pub const ALL: [Left; 4] = [Left::Closed, Left::Attached, Left::InForce, Left::Second];
 }
 
 /// A store's image.
@@ -51,6 +58,17 @@ pub fn image(left: Left) -> Vec<u8> {
             // Staged for ever.
             put(&mut store, 600, Some("never committed"), &mut Rng(2));
             now()
+        }
+        Left::Second => {
+            let before = now();
+            store.truncate(6).unwrap();
+            while store.drain(16).unwrap() {}
+            store.close().0.unwrap();
+            let mut bytes = now();
+            // Half of it is what was there before.
+            bytes[64..512].copy_from_slice(&before[64..512]);
+            assert_ne!(bytes[..512], now()[..512], "or it is not torn");
+            bytes
         }
         Left::InForce => {
             store.sync_pending().unwrap();
@@ -93,8 +111,8 @@ fn fill(store: &mut MemoryStore<'_>) {
         }
     }
     // Lists: one that is not full, and two.
-    for (n, pieces) in [(300, 70), (301, 600)] {
-        scattered(store, n, pieces);
+    for (n, pieces, keyed) in [(300, 70, true), (301, 600, true), (302, 80, false)] {
+        scattered(store, n, pieces, keyed);
     }
     for n in 60..75 {
         let _ = store.delete(format!("key {n}").as_bytes(), None);
@@ -165,7 +183,7 @@ fn put(store: &mut MemoryStore<'_>, n: u64, key: Option<&str>, rng: &mut Rng) {
 }
 
 /// An object of many extents that do not touch.
-fn scattered(store: &mut MemoryStore<'_>, n: u64, pieces: usize) {
+fn scattered(store: &mut MemoryStore<'_>, n: u64, pieces: usize, keyed: bool) {
     let bytes = bytes_of(n, pieces * 8);
     let mut frames = Vec::new();
     let mut extents = Vec::new();
@@ -179,10 +197,18 @@ fn scattered(store: &mut MemoryStore<'_>, n: u64, pieces: usize) {
     }
     let key = format!("scattered {n}");
     let args = PutArgs {
-        key: Key::Bytes(key.as_bytes()),
+        key: if keyed {
+            Key::Bytes(key.as_bytes())
+        } else {
+            Key::None
+        },
         extents: &extents,
         meta: meta(n, &bytes),
-        mode: PutMode::Create,
+        mode: if keyed {
+            PutMode::Create
+        } else {
+            PutMode::Upsert
+        },
         if_seq: None,
     };
     store.put(&args).unwrap();
