@@ -42,18 +42,23 @@ pub fn check(
     Ok(())
 }
 
-/// Cuts the recovery of an image short, and checks what that leaves. `stores` are those that a
-/// whole recovery makes.
+/// Cuts the recovery of an image short, and checks what that leaves; `stores` and `fences` are
+/// those that a whole recovery makes.
 pub fn check_cut(
     media: &Media,
     ledger: &Ledger,
-    stores: u64,
+    (stores, fences): (u64, u64),
     rng: &mut Rng,
     scratch: &mut Scratch,
 ) -> Result<(), String> {
     media.watch();
     media.look_away();
-    media.stop_after(rng.below(stores + 1));
+    // Before a fence there is most to lose.
+    if rng.chance(1, 2) {
+        media.stop_after_fences(rng.below(fences));
+    } else {
+        media.stop_after(rng.below(stores + 1));
+    }
     // What it leaves is what matters.
     drop(recover(media));
     let all = rng.chance(1, 3);

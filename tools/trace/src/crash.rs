@@ -493,7 +493,12 @@ impl<'a> Worker<'a> {
         if let Some((_, only)) = options.only {
             (nr, most) = (only.max(BOTH), only + 1);
         }
-        while made < want && nr < most && !stake.lines.is_empty() {
+        let wrong = &self.shared.wrong[at.index];
+        while made < want
+            && nr < most
+            && !stake.lines.is_empty()
+            && wrong.load(Ordering::Relaxed) < options.enough
+        {
             let image = self.draw(run, &stake, subsets, at.point, nr);
             let key = self.key(&stake, &image);
             let mut looked = self.shared.looked.lock().expect("a worker panicked");
@@ -653,7 +658,8 @@ impl<'a> Worker<'a> {
             check(&self.media, &self.ledger, closes, &mut self.scratch)
         }));
         let mut result = result.unwrap_or_else(|_| Err("the core panicked".into()));
-        let (reads, seen, stores) = (self.media.reads(), self.media.seen(), self.media.stores());
+        let (reads, seen) = (self.media.reads(), self.media.seen());
+        let counts = self.media.counts();
         self.media.reset();
         let fresh = match key {
             Some(_) => true,
@@ -686,7 +692,7 @@ impl<'a> Worker<'a> {
                 check_cut(
                     &self.media,
                     &self.ledger,
-                    stores,
+                    counts,
                     &mut rng,
                     &mut self.scratch,
                 )

@@ -329,11 +329,8 @@ impl Ledger {
 }
 
 fn text(key: &[u8]) -> String {
-    let key = String::from_utf8_lossy(key);
-    match key.char_indices().nth(40) {
-        Some((at, _)) => format!("{}...", &key[..at]),
-        None => key.into_owned(),
-    }
+    let more = if key.len() > 40 { "..." } else { "" };
+    format!("{}{more}", key[..key.len().min(40)].escape_ascii())
 }
 
 #[cfg(test)]

@@ -27,8 +27,11 @@ struct Inner {
     seen: u64,
     watching: bool,
     stores: u64,
+    fences: u64,
     /// From this store on nothing is done any more.
     stop: u64,
+    /// Nor from this fence on.
+    stop_fence: u64,
 }
 
 struct Bits(Vec<u64>);
@@ -77,7 +80,9 @@ impl Media {
             seen: 0,
             watching: false,
             stores: 0,
+            fences: 0,
             stop: u64::MAX,
+            stop_fence: u64::MAX,
         }))
     }
 
@@ -101,6 +106,7 @@ impl Media {
         inner.forget_saved();
         inner.watching = true;
         inner.stores = 0;
+        inner.fences = 0;
         inner.fenced = inner.undo.len();
     }
 
@@ -120,15 +126,22 @@ impl Media {
         self.0.borrow_mut().watching = false;
     }
 
-    /// Stores since [`watch`](Self::watch).
-    pub fn stores(&self) -> u64 {
-        self.0.borrow().stores
+    /// Stores and fences since [`watch`](Self::watch).
+    pub fn counts(&self) -> (u64, u64) {
+        let inner = self.0.borrow();
+        (inner.stores, inner.fences)
     }
 
     /// After so many stores more, nothing is done any more.
     pub fn stop_after(&self, stores: u64) {
         let mut inner = self.0.borrow_mut();
         inner.stop = inner.stores.saturating_add(stores);
+    }
+
+    /// The same, and the fence after so many more is the first thing that is not done.
+    pub fn stop_after_fences(&self, fences: u64) {
+        let mut inner = self.0.borrow_mut();
+        inner.stop_fence = inner.fences.saturating_add(fences);
     }
 
     /// The power is gone. Of the lines that were stored to since the last fence, those are lost
@@ -142,7 +155,7 @@ impl Media {
                 inner.bytes[line as usize * LINE..][..LINE].copy_from_slice(&before);
             }
         }
-        inner.stop = u64::MAX;
+        (inner.stop, inner.stop_fence) = (u64::MAX, u64::MAX);
         inner.forget_saved();
         inner.fenced = inner.undo.len();
     }
@@ -162,7 +175,7 @@ impl Media {
         inner.fenced = 0;
         inner.seen = 0;
         inner.watching = false;
-        inner.stop = u64::MAX;
+        (inner.stop, inner.stop_fence) = (u64::MAX, u64::MAX);
     }
 
     /// What a line holds.
@@ -274,6 +287,10 @@ impl Pmem for Media {
 
     fn fence(&self) {
         let mut inner = self.0.borrow_mut();
+        if inner.fences >= inner.stop_fence {
+            inner.stop = 0;
+        }
+        inner.fences += 1;
         if inner.stores < inner.stop {
             inner.forget_saved();
             inner.fenced = inner.undo.len();
