@@ -377,16 +377,15 @@ impl FrameHeader {
         Ok((magic && (place || store)) || (place && store))
     }
 
-    /// Whether what is at `off` is the header of another store's record frame, as far as can be
-    /// told. What cannot be read is none.
+    /// Whether what is at `off` is the header of another store's record frame, or of one that it
+    /// gave back, as far as can be told. What cannot be read is none.
     pub(super) fn foreign<P: Pmem>(pm: &P, off: u64, uuid: &[u8; 16]) -> Result<bool> {
         let mut raw = [0u8; LINE_SIZE as usize];
         match pm.read(off, &mut raw) {
             Err(Error::Io) => return Ok(false),
             read => read?,
         }
-        let header = get_u32(&raw, 4)? == FRAME_MAGIC && get_u64(&raw, 8)? == off;
-        Ok(header && get::<16>(&raw, 24)? != *uuid)
+        Ok(get_u64(&raw, 8)? == off && get::<16>(&raw, 24)? != *uuid)
     }
 
     /// Whether records were lost with the header at `off`, which is none, as far as can be

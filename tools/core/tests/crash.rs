@@ -445,13 +445,29 @@ fn a_crash_while_formatting_leaves_the_old_store_none_or_the_new_one() {
 
 #[test]
 fn what_an_earlier_store_left_in_a_frame_is_no_damage() {
+    // A frame with records, and one with truncated ones that was given back.
+    let records = [put("a", 1, 100), put("b", 2, 100), Op::Commit];
+    earlier_store(&records, &[]);
+    let mut log: Vec<_> = (1..80).map(|tag| Op::Append { tag, len: 8 }).collect();
+    log.push(Op::Commit);
+    let last = Op::Append { tag: 99, len: 8 };
+    let gone = [Op::Truncate, last, Op::Commit, Op::Sync];
+    earlier_store(&log, &gone);
+}
+
+/// A store is used, formatted again, and uses the frame that had its first records for records.
+fn earlier_store(before: &[Op], then: &[Op]) {
     let (store, _) = recover(formatted()).unwrap();
     let mut driver = Driver::new(store);
-    for op in [put("a", 1, 100), put("b", 2, 100), Op::Commit] {
-        driver.run(&op).unwrap();
+    for op in before {
+        driver.run(op).unwrap();
     }
     let first = log_of(&driver.store)[0].loc.0 / FRAME_SIZE;
+    for op in then {
+        driver.run(op).unwrap();
+    }
     let old = driver.store.pm().crash_subset(0, &mut Rng(0));
+    assert_eq!(old.load(first * FRAME_SIZE) == Ok(0), !then.is_empty());
     let new = FormatParams {
         uuid: [9; 16],
         salt: 77,

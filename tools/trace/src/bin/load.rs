@@ -10,7 +10,9 @@ use clap::{Args, Parser, Subcommand};
 use pmskb_trace::ledger::{Found, Ledger, State};
 use pmskb_trace::mark::{Begin, Kind, Mark};
 use pmskb_trace::work::{Rng, bytes_of, key_of};
-use pmskb_uapi::{Batch, Catalog, Control, Ext, Key, Mode, RecvBuffer, RxMode, Store, socket};
+use pmskb_uapi::{
+    Batch, Catalog, Control, Ext, Key, Mode, Outcome, RecvBuffer, RxMode, Store, socket,
+};
 use rustix::event::{PollFd, PollFlags, poll};
 use std::collections::VecDeque;
 use std::io::{Read, Write};
@@ -204,6 +206,14 @@ fn costs(device: &std::path::Path, count: u64) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// What a mark says that a call answered.
+fn answer(outcome: &std::io::Result<Outcome>) -> i64 {
+    match outcome {
+        Ok(outcome) => outcome.seq as i64,
+        Err(e) => -i64::from(e.raw_os_error().unwrap_or(libc::EIO)),
+    }
+}
+
 /// Where a thread works.
 struct Place<'a> {
     store: &'a Store,
@@ -387,7 +397,8 @@ impl Worker {
                 let count = 2 + self.rng.below(6);
                 self.random_array(place, count, true)
             }
-            70..76 => self.put_buffer(place),
+            70..73 => self.put_buffer(place),
+            73..76 => self.put_scattered(place),
             76..80 => self.truncate(place),
             80..84 => self.compact(place),
             84..88 => self.forget_some(place),
@@ -504,10 +515,7 @@ impl Worker {
             place.store.submit(&mut batch)
         };
         for (n, (op, _)) in ops.iter().enumerate() {
-            let result = match batch.outcome(n) {
-                Ok(outcome) => outcome.seq as i64,
-                Err(e) => -i64::from(e.raw_os_error().unwrap_or(libc::EIO)),
-            };
+            let result = answer(&batch.outcome(n));
             Mark::Ack { op: *op, result }.make();
             let (kind, key, _) = what[n];
             match (kind, result) {
@@ -544,16 +552,55 @@ impl Worker {
         let ext = buffer.ext(0..bytes.len() as u32);
         batch.put(buffer.fd(), Key::Bytes(&name), &[ext], Mode::Upsert, false);
         begin(op, Kind::Put, self.key(key), &bytes, 0, 0);
-        let done = place.store.submit(&mut batch);
-        let outcome = batch.outcome(0);
-        let result = match &outcome {
-            Ok(outcome) => outcome.seq as i64,
-            Err(e) => -i64::from(e.raw_os_error().unwrap_or(libc::EIO)),
-        };
-        Mark::Ack { op, result }.make();
-        self.there[key as usize] |= result >= 0;
-        done?;
+        let outcome = self.submit_one(place, &mut batch, op)?;
+        self.there[key as usize] |= outcome.is_ok();
         self.full(outcome.map(|_| ()))
+    }
+
+    /// An object of so many pieces that its record has a list of them.
+    fn put_scattered(&mut self, place: &mut Place<'_>) -> anyhow::Result<()> {
+        const PIECE: usize = 40;
+        let key = self.rng.below(self.there.len() as u64);
+        let op = self.op();
+        let bytes = bytes_of(op, PIECE * (66 + self.rng.below(40) as usize));
+        // What lies between the pieces is nobody's.
+        let all: Vec<u8> = bytes
+            .chunks(PIECE)
+            .flat_map(|piece| [piece, &[0x55; 24]].concat())
+            .collect();
+        place.receive(&all)?;
+        let mut extents = Vec::new();
+        for _ in bytes.chunks(PIECE) {
+            extents.extend(place.take(PIECE)?);
+            place.take(24)?;
+        }
+        let mut batch = Batch::new();
+        let name = key_of(self.key(key));
+        let fd = place.here.fd().as_raw_fd();
+        batch.put(fd, Key::Bytes(&name), &extents, Mode::Upsert, true);
+        begin(op, Kind::Put, self.key(key), &bytes, 0, 0);
+        let outcome = self.submit_one(place, &mut batch, op)?;
+        self.there[key as usize] |= outcome.is_ok();
+        self.full(outcome.map(|_| ()))?;
+        place.release()
+    }
+
+    /// A call with one operation, and what it answered.
+    fn submit_one(
+        &mut self,
+        place: &Place<'_>,
+        batch: &mut Batch,
+        op: u64,
+    ) -> anyhow::Result<std::io::Result<Outcome>> {
+        let done = place.store.submit(batch);
+        let outcome = batch.outcome(0);
+        Mark::Ack {
+            op,
+            result: answer(&outcome),
+        }
+        .make();
+        done?;
+        Ok(outcome)
     }
 
     fn truncate(&mut self, place: &mut Place<'_>) -> anyhow::Result<()> {
@@ -561,14 +608,7 @@ impl Worker {
         let mut batch = Batch::new();
         batch.truncate(upto);
         begin(op, Kind::Truncate, 0, &[], 0, upto);
-        let done = place.store.submit(&mut batch);
-        let outcome = batch.outcome(0);
-        let result = match &outcome {
-            Ok(outcome) => outcome.seq as i64,
-            Err(e) => -i64::from(e.raw_os_error().unwrap_or(libc::EIO)),
-        };
-        Mark::Ack { op, result }.make();
-        done?;
+        let outcome = self.submit_one(place, &mut batch, op)?;
         Ok(outcome.map(|_| ())?)
     }
 
