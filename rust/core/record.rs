@@ -401,6 +401,9 @@ impl FrameHeader {
             ..made
         };
         let resembles = Self::resembles(pm, off, &sb.uuid)?;
+        // A nonce that this store would not have made for what else the header says is one that
+        // it made only if the header is its own: an earlier store's records have theirs.
+        let own = get::<16>(&raw, 24)? == sb.uuid;
         for line in 1..LINES {
             let at = off.saturating_add(line * LINE_SIZE);
             match pm.read(at, &mut raw) {
@@ -413,7 +416,7 @@ impl FrameHeader {
                 Err(error) => Err(error),
             };
             let found = if resembles {
-                put(&stored)? || put(&made)?
+                (own && put(&stored)?) || put(&made)?
             } else {
                 // Nothing is left that the sums of records could be checked with.
                 let word = get_u64(&raw, 0)?;

@@ -455,7 +455,8 @@ fn what_an_earlier_store_left_in_a_frame_is_no_damage() {
     earlier_store(&log, &gone);
 }
 
-/// A store is used, formatted again, and uses the frame that had its first records for records.
+/// A store is used, formatted again, and uses the frame that had its first records for records;
+/// what these were is in the caches, or something else is.
 fn earlier_store(before: &[Op], then: &[Op]) {
     let (store, _) = recover(formatted()).unwrap();
     let mut driver = Driver::new(store);

@@ -185,6 +185,8 @@ pub struct Options {
     pub run: Option<String>,
     /// Only this point, and image.
     pub only: Option<(u64, u64)>,
+    /// That one is written to a file.
+    pub write: Option<PathBuf>,
     /// Violations after which no more is looked for in a run.
     pub enough: u64,
     /// Some images are written to a directory, for others to look at: how many.
@@ -646,6 +648,10 @@ impl<'a> Worker<'a> {
     ) -> anyhow::Result<Vec<usize>> {
         let mut rng = Rng::of(self.shared.options.seed, &[at.point, nr, 1]);
         self.apply(image);
+        let only = self.shared.options.only == Some((at.point, nr));
+        if let Some(path) = self.shared.options.write.as_ref().filter(|_| only) {
+            self.write(path)?;
+        }
         if let Some((directory, count)) = &self.shared.options.export {
             let every = (self.shared.points / count).max(1);
             // Of each point one, of those of a point another each time.
@@ -722,10 +728,20 @@ impl<'a> Worker<'a> {
 
     /// Writes an image and what it may hold.
     fn export(&mut self, directory: &Path, at: &At<'_>) -> anyhow::Result<()> {
-        use std::os::unix::fs::FileExt;
         let name = directory.join(format!("{:05}", at.point));
-        let fail = || format!("cannot write to {}", directory.display());
-        let file = File::create(name.with_extension("img")).with_context(fail)?;
+        self.write(&name.with_extension("img"))?;
+        let ledger = name.with_extension("ledger");
+        std::fs::write(&ledger, serde_json::to_vec(&self.ledger)?)
+            .with_context(|| format!("cannot write {}", ledger.display()))?;
+        self.done.exported += 1;
+        Ok(())
+    }
+
+    /// Writes an image; what is zero is a hole.
+    fn write(&self, path: &Path) -> anyhow::Result<()> {
+        use std::os::unix::fs::FileExt;
+        let fail = || format!("cannot write {}", path.display());
+        let file = File::create(path).with_context(fail)?;
         let bytes = self.media.bytes();
         file.set_len(bytes.len() as u64).with_context(fail)?;
         for (frame, part) in bytes.chunks(FRAME_SIZE as usize).enumerate() {
@@ -734,9 +750,6 @@ impl<'a> Worker<'a> {
                     .with_context(fail)?;
             }
         }
-        let ledger = serde_json::to_vec(&self.ledger)?;
-        std::fs::write(name.with_extension("ledger"), ledger).with_context(fail)?;
-        self.done.exported += 1;
         Ok(())
     }
 }

@@ -8,6 +8,7 @@ use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use pmskb_trace::crash::{Options, Outcome, Trace, crash};
+use pmskb_trace::table::Row;
 use std::fs::File;
 use std::io::{BufWriter, IsTerminal};
 use std::path::{Path, PathBuf};
@@ -41,6 +42,9 @@ enum Command {
         /// Only that point
         #[arg(long, requires = "image", value_name = "N")]
         point: Option<u64>,
+        /// Write that image to a file, for `pmskbctl fsck --image`
+        #[arg(long, requires = "image", value_name = "FILE")]
+        write: Option<PathBuf>,
         /// Write the outcome, JSON
         #[arg(long, value_name = "FILE")]
         json: Option<PathBuf>,
@@ -55,6 +59,19 @@ enum Command {
         /// How many, about
         #[arg(long, default_value_t = 30)]
         count: u64,
+    },
+    /// Tell what calls did to persistent memory, of a run with one thread
+    ///
+    /// Exit status: 0, or 1 if a line that counts was not flushed, or one was for nothing.
+    Table {
+        /// The trace
+        trace: PathBuf,
+        /// The run
+        #[arg(long, default_value = "costs")]
+        run: String,
+        /// Write it, JSON
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
     },
     /// Write a trace of the core on this host: random operations of one thread
     Synth {
@@ -98,6 +115,7 @@ impl What {
             jobs: self.jobs,
             run: self.run.clone(),
             only: None,
+            write: None,
             enough: self.enough.max(1),
             export: None,
         }
@@ -111,10 +129,12 @@ fn main() -> ExitCode {
             what,
             image,
             point,
+            write,
             json,
         } => {
             let mut options = what.options();
             options.only = point.zip(image);
+            options.write = write;
             check(&what, &options, json.as_deref())
         }
         Command::Images { what, out, count } => {
@@ -124,6 +144,7 @@ fn main() -> ExitCode {
                 .with_context(|| format!("cannot make {}", out.display()))
                 .and_then(|()| check(&what, &options, None))
         }
+        Command::Table { trace, run, json } => table(&trace, &run, json.as_deref()),
         Command::Synth { out, steps, seed } => synth(&out, steps, seed),
     };
     done.unwrap_or_else(|e| {
@@ -191,9 +212,7 @@ fn check(what: &What, options: &Options, json: Option<&Path>) -> anyhow::Result<
     let outcome = outcome?;
     tell(what, &outcome, started.elapsed());
     if let Some(path) = json {
-        let fail = || format!("cannot write {}", path.display());
-        let file = File::create(path).with_context(fail)?;
-        serde_json::to_writer_pretty(file, &outcome).with_context(fail)?;
+        write_json(path, &outcome)?;
     }
     if outcome.images == 0 {
         bail!("no image was made");
@@ -234,6 +253,26 @@ fn tell(what: &What, outcome: &Outcome, took: Duration) {
         );
     }
     println!("{} violations", outcome.violations.len());
+}
+
+fn table(path: &Path, run: &str, json: Option<&Path>) -> anyhow::Result<ExitCode> {
+    let table = pmskb_trace::table::table(&open(path)?, run)?;
+    print!("{}", pmskb_trace::table::text(&table));
+    if let Some(path) = json {
+        write_json(path, &table)?;
+    }
+    let bad = |(_, row): &(String, Row)| row.forgotten + row.flushes_repeated > 0;
+    Ok(if table.rows.iter().any(bad) {
+        ExitCode::FAILURE
+    } else {
+        ExitCode::SUCCESS
+    })
+}
+
+fn write_json(path: &Path, what: &impl serde::Serialize) -> anyhow::Result<()> {
+    let fail = || format!("cannot write {}", path.display());
+    let file = File::create(path).with_context(fail)?;
+    serde_json::to_writer_pretty(file, what).with_context(fail)
 }
 
 fn synth(out: &Path, steps: u64, seed: u64) -> anyhow::Result<ExitCode> {
