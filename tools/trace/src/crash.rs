@@ -24,12 +24,14 @@ use pmskb_core::host::Memory;
 use pmskb_core::{FRAME_SIZE, Geometry, LIVE_OFF, probe};
 use pmskb_tcg::model::{LINE, Line};
 use serde::Serialize;
+use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io::BufReader;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -319,7 +321,7 @@ fn is_meant(options: &Options, run: &Run) -> bool {
 struct Worker<'a> {
     shared: &'a Shared<'a>,
     job: u64,
-    replay: Replay,
+    replay: Rc<RefCell<Replay>>,
     ledger: Ledger,
     media: Media,
     scratch: Scratch,
@@ -336,8 +338,6 @@ struct Stake {
     lines: Vec<usize>,
     /// How many of these are not payload.
     first: usize,
-    /// The others at risk.
-    others: Vec<usize>,
     /// Whether recovery reads a line.
     reads: HashSet<usize>,
     /// The hash of what it reads of the durable state.
@@ -347,14 +347,26 @@ struct Stake {
 /// An image, as what differs from the durable state.
 struct Image {
     changes: Vec<(usize, Line)>,
+    others: Others,
     torn: bool,
     how: String,
+}
+
+/// What becomes of lines that are at risk and that it says nothing of.
+#[derive(Clone, Copy)]
+enum Others {
+    /// They are as they were.
+    Lost,
+    /// They are what memory was.
+    Kept,
+    /// Each the one or the other.
+    Any(u64),
 }
 
 impl<'a> Worker<'a> {
     fn new(shared: &'a Shared<'a>, job: usize) -> Self {
         Self {
-            replay: Replay::new(shared.trace.size, CPUS),
+            replay: Rc::new(RefCell::new(Replay::new(shared.trace.size, CPUS))),
             shared,
             job: job as u64,
             ledger: Ledger::default(),
@@ -397,15 +409,15 @@ impl<'a> Worker<'a> {
                     }
                     _ => {}
                 },
-                (Event::Fence { cpu }, Some(at)) if self.replay.waits(*cpu) => {
+                (Event::Fence { cpu }, Some(at)) if self.replay.borrow().waits(*cpu) => {
                     self.point(at, point, events)?;
                     point += 1;
                 }
                 _ => {}
             }
-            self.replay.apply(&event);
+            self.replay.borrow_mut().apply(&event);
             if run.is_none() {
-                self.replay.take_settled();
+                self.replay.borrow_mut().take_settled();
             }
         }
         Ok(self.done)
@@ -414,12 +426,13 @@ impl<'a> Worker<'a> {
     /// A run begins: with what is durable then.
     fn begin(&mut self, run: &Run) {
         self.ledger = Ledger::default();
-        self.replay.set_volatile(run.volatile());
-        self.replay.take_settled();
+        let mut replay = self.replay.borrow_mut();
+        replay.set_volatile(run.volatile());
+        replay.take_settled();
         self.media = Media::new(run.geo.region_len as usize);
         let first = run.lines().start;
         for line in run.lines() {
-            let bytes = self.replay.model().durable(line);
+            let bytes = replay.model().durable(line);
             if bytes != [0; LINE] {
                 self.media.settle(line - first, &bytes);
             }
@@ -441,12 +454,14 @@ impl<'a> Worker<'a> {
             return Ok(());
         }
         let first = run.lines().start;
-        for line in self.replay.take_settled() {
+        let mut replay = self.replay.borrow_mut();
+        for line in replay.take_settled() {
             if run.lines().contains(&line) {
                 self.media
-                    .settle(line - first, &self.replay.model().durable(line));
+                    .settle(line - first, &replay.model().durable(line));
             }
         }
+        drop(replay);
         let mut at = At {
             run,
             index,
@@ -458,31 +473,22 @@ impl<'a> Worker<'a> {
 
     fn images(&mut self, at: &mut At<'_>) -> anyhow::Result<()> {
         let (options, run) = (self.shared.options, at.run);
-        let first = run.lines().start;
-        let mut risk = self.replay.at_risk(&run.lines());
-        for line in &mut risk {
-            *line -= first;
-        }
-        let live = LIVE_OFF as usize / LINE..(LIVE_OFF + FRAME_SIZE) as usize / LINE;
-        risk.retain(|line| !live.contains(line));
-        let now = |line: &usize| (*line, self.replay.model().now(line + first));
-        let all: Vec<(usize, Line)> = risk.iter().map(now).collect();
-        // The image that lost all, and the one that lost nothing: what recovery reads of them.
-        let none = Image {
+        // What recovery reads of the image that lost all, and of the one that lost nothing.
+        let both = ["all lost", "nothing lost"].map(|how| Image {
             changes: Vec::new(),
+            others: if how == "all lost" {
+                Others::Lost
+            } else {
+                Others::Kept
+            },
             torn: false,
-            how: "all lost".into(),
-        };
-        let whole = Image {
-            changes: all,
-            torn: false,
-            how: "nothing lost".into(),
-        };
+            how: how.into(),
+        });
         let mut reads = HashSet::new();
-        for (nr, image) in [&none, &whole].into_iter().enumerate() {
+        for (nr, image) in both.iter().enumerate() {
             reads.extend(self.one(at, nr as u64, image, None)?);
         }
-        let stake = self.stake(run, risk, reads);
+        let stake = self.stake(run, reads);
         self.done.most_lines = self.done.most_lines.max(stake.lines.len());
         let share = options.images.div_ceil(self.shared.points);
         let subsets = match stake.lines.len() {
@@ -507,7 +513,7 @@ impl<'a> Worker<'a> {
             let fresh = looked.insert(key);
             drop(looked);
             if fresh {
-                self.one(at, nr, &image, Some(key))?;
+                self.one(at, nr, &image, Some((key, &stake)))?;
                 made += 1;
             } else {
                 self.done.alike += 1;
@@ -519,15 +525,20 @@ impl<'a> Worker<'a> {
         Ok(())
     }
 
-    fn stake(&self, run: &Run, risk: Vec<usize>, reads: HashSet<usize>) -> Stake {
+    fn stake(&self, run: &Run, reads: HashSet<usize>) -> Stake {
         let first = run.lines().start;
-        let model = self.replay.model();
+        let replay = self.replay.borrow();
+        let model = replay.model();
         let payload = |line: &usize| {
             let kind = Kind::of(&run.geo, *line as u64, |l| model.now(l as usize + first));
             kind == Kind::Data
         };
-        let (mut lines, others): (Vec<_>, Vec<_>) =
-            risk.into_iter().partition(|line| reads.contains(line));
+        let live = LIVE_OFF as usize / LINE..(LIVE_OFF + FRAME_SIZE) as usize / LINE;
+        let mut lines: Vec<usize> = reads
+            .iter()
+            .copied()
+            .filter(|line| !live.contains(line) && replay.at_risk(line + first))
+            .collect();
         lines.sort_by_cached_key(|line| (payload(line), *line));
         let base = reads.iter().fold(0u64, |sum, line| {
             sum.wrapping_add(hash_of(*line, &self.media.line(*line)))
@@ -535,7 +546,6 @@ impl<'a> Worker<'a> {
         Stake {
             first: lines.iter().take_while(|line| !payload(line)).count(),
             lines,
-            others,
             reads,
             base,
         }
@@ -545,7 +555,8 @@ impl<'a> Worker<'a> {
     fn draw(&self, run: &Run, stake: &Stake, subsets: u64, point: u64, nr: u64) -> Image {
         let mut rng = Rng::of(self.shared.options.seed, &[point, nr]);
         let first = run.lines().start;
-        let model = self.replay.model();
+        let replay = self.replay.borrow();
+        let model = replay.model();
         let count = stake.lines.len();
         let mut kept = vec![false; count];
         let how;
@@ -581,6 +592,7 @@ impl<'a> Worker<'a> {
             changes: lines
                 .map(|(line, _)| (*line, model.now(line + first)))
                 .collect(),
+            others: Others::Lost,
             torn: false,
             how,
         }
@@ -588,7 +600,8 @@ impl<'a> Worker<'a> {
 
     /// Every line is what it was at some time since it was durable, or words of several times.
     fn draw_torn(&self, first: usize, stake: &Stake, rng: &mut Rng) -> Image {
-        let model = self.replay.model();
+        let replay = self.replay.borrow();
+        let model = replay.model();
         let mut changes = Vec::new();
         for line in &stake.lines {
             let versions = model.versions(line + first);
@@ -607,13 +620,9 @@ impl<'a> Worker<'a> {
             }
             changes.push((*line, bytes));
         }
-        for line in &stake.others {
-            if rng.chance(1, 2) {
-                changes.push((*line, model.now(line + first)));
-            }
-        }
         Image {
             changes,
+            others: Others::Any(rng.number()),
             torn: true,
             how: "torn".to_string(),
         }
@@ -637,17 +646,18 @@ impl<'a> Worker<'a> {
         Rng(hash ^ self.ledger.changes.wrapping_mul(0x9e37_79b9_7f4a_7c15)).number()
     }
 
-    /// Checks an image; which lines recovery read. Without a `key` it is not known yet whether
-    /// it is like another.
+    /// Checks an image; which lines recovery read. If nothing is `known` of its point it cannot
+    /// be said before whether it is like another.
     fn one(
         &mut self,
         at: &At<'_>,
         nr: u64,
         image: &Image,
-        key: Option<u64>,
+        known: Option<(u64, &Stake)>,
     ) -> anyhow::Result<Vec<usize>> {
+        let stake = known.map(|(_, stake)| stake);
         let mut rng = Rng::of(self.shared.options.seed, &[at.point, nr, 1]);
-        self.apply(image);
+        self.apply(image, stake, at.run);
         let only = self.shared.options.only == Some((at.point, nr));
         if let Some(path) = self.shared.options.write.as_ref().filter(|_| only) {
             self.write(path)?;
@@ -667,7 +677,7 @@ impl<'a> Worker<'a> {
         let (reads, seen) = (self.media.reads(), self.media.seen());
         let counts = self.media.counts();
         self.media.reset();
-        let fresh = match key {
+        let fresh = match known {
             Some(_) => true,
             None => {
                 let key = self.with_ledger(seen);
@@ -693,7 +703,7 @@ impl<'a> Worker<'a> {
         self.done.again += u64::from(closes);
         if result.is_ok() && rng.chance(1, 16) {
             self.done.cut += 1;
-            self.apply(image);
+            self.apply(image, stake, at.run);
             let cut = catch_unwind(AssertUnwindSafe(|| {
                 check_cut(
                     &self.media,
@@ -720,7 +730,26 @@ impl<'a> Worker<'a> {
         Ok(reads)
     }
 
-    fn apply(&self, image: &Image) {
+    fn apply(&self, image: &Image, stake: Option<&Stake>, run: &Run) {
+        let first = run.lines().start;
+        let coin = match image.others {
+            Others::Lost => None,
+            Others::Kept => Some(None),
+            Others::Any(seed) => Some(Some(seed)),
+        };
+        if let Some(coin) = coin {
+            let replay = self.replay.clone();
+            self.media.leave_open(Box::new(move |line| {
+                let replay = replay.borrow();
+                let kept = coin.is_none_or(|seed| Rng::of(seed, &[line as u64]).chance(1, 2));
+                let risk = kept && replay.at_risk(line + first);
+                risk.then(|| replay.model().now(line + first))
+            }));
+        }
+        // What is at stake is what the image says.
+        for line in stake.iter().flat_map(|stake| &stake.lines) {
+            self.media.keep(*line);
+        }
         for (line, bytes) in &image.changes {
             self.media.set(*line, bytes);
         }

@@ -2,19 +2,30 @@
 //! A crash's image: recovery reads and changes it, and then it is put back as it was.
 //!
 //! It also tells what recovery saw, as a hash of the lines that it read before it wrote them, and
-//! cuts recovery itself short.
+//! cuts recovery itself short. Most lines that an image may have lost nobody ever looks at: they
+//! can be left open until somebody does.
 
 use pmskb_core::{Error, LINE_SIZE, Pmem, Result};
 use pmskb_tcg::model::{LINE, Line};
 use std::cell::RefCell;
+
+/// What a line is that was left open, by its number; nothing if it is as it was settled.
+pub type Open = Box<dyn Fn(usize) -> Option<Line>>;
 
 /// A region, in memory.
 pub struct Media(RefCell<Inner>);
 
 struct Inner {
     bytes: Vec<u8>,
+    /// Lines that were not set are left open.
+    open: Option<Open>,
+    /// Those that are not, or not any more.
+    decided: Bits,
+    decisions: Vec<u32>,
     /// What lines were before they were changed, in the order of that.
     undo: Vec<(u32, Line)>,
+    /// Of these, entries that are no change of recovery's.
+    decreed: Vec<u32>,
     /// Lines that are in `undo` since the last fence.
     saved: Bits,
     /// How long `undo` was at the last fence.
@@ -71,7 +82,11 @@ impl Media {
         let lines = len / LINE;
         Media(RefCell::new(Inner {
             bytes: vec![0; lines * LINE],
+            open: None,
+            decided: Bits::new(lines),
+            decisions: Vec::new(),
             undo: Vec::new(),
+            decreed: Vec::new(),
             saved: Bits::new(lines),
             fenced: 0,
             written: Bits::new(lines),
@@ -96,8 +111,17 @@ impl Media {
     /// Sets a line of this image.
     pub fn set(&self, line: usize, bytes: &Line) {
         let mut inner = self.0.borrow_mut();
-        inner.save(line);
-        inner.bytes[line * LINE..][..LINE].copy_from_slice(bytes);
+        inner.decide_as(line, Some(*bytes));
+    }
+
+    /// Leaves lines of this image open that are not set.
+    pub fn leave_open(&self, open: Open) {
+        self.0.borrow_mut().open = Some(open);
+    }
+
+    /// A line of this image stays as it was settled.
+    pub fn keep(&self, line: usize) {
+        self.0.borrow_mut().decide_as(line, None);
     }
 
     /// Recovery begins: what it reads is watched.
@@ -149,6 +173,9 @@ impl Media {
     pub fn crash(&self, mut lost: impl FnMut() -> bool) {
         let mut inner = self.0.borrow_mut();
         for at in (inner.fenced..inner.undo.len()).rev() {
+            if inner.decreed.binary_search(&(at as u32)).is_ok() {
+                continue;
+            }
             if lost() {
                 let (line, before) = inner.undo[at];
                 // So that what was before it is put back at the end, too.
@@ -172,6 +199,11 @@ impl Media {
         while let Some(line) = inner.reads.pop() {
             inner.read.remove(line as usize);
         }
+        while let Some(line) = inner.decisions.pop() {
+            inner.decided.remove(line as usize);
+        }
+        inner.open = None;
+        inner.decreed.clear();
         inner.fenced = 0;
         inner.seen = 0;
         inner.watching = false;
@@ -180,18 +212,52 @@ impl Media {
 
     /// What a line holds.
     pub fn line(&self, line: usize) -> Line {
+        let mut inner = self.0.borrow_mut();
+        inner.decide(line * LINE, LINE);
         let mut out = [0; LINE];
-        out.copy_from_slice(&self.0.borrow().bytes[line * LINE..][..LINE]);
+        out.copy_from_slice(&inner.bytes[line * LINE..][..LINE]);
         out
     }
 
-    /// All bytes.
+    /// All bytes; nothing is open any more.
     pub fn bytes(&self) -> Vec<u8> {
-        self.0.borrow().bytes.clone()
+        let mut inner = self.0.borrow_mut();
+        let len = inner.bytes.len();
+        inner.decide(0, len);
+        inner.bytes.clone()
     }
 }
 
 impl Inner {
+    fn decide_as(&mut self, line: usize, bytes: Option<Line>) {
+        if self.decided.add(line) {
+            self.decisions.push(line as u32);
+        }
+        if let Some(bytes) = bytes {
+            self.decreed.push(self.undo.len() as u32);
+            self.save(line);
+            self.bytes[line * LINE..][..LINE].copy_from_slice(&bytes);
+        }
+    }
+
+    /// Somebody looks at these bytes, or changes them.
+    fn decide(&mut self, start: usize, len: usize) {
+        if self.open.is_none() || len == 0 {
+            return;
+        }
+        for line in start / LINE..=(start + len - 1) / LINE {
+            if !self.decided.has(line) {
+                let bytes = self.open.as_ref().and_then(|open| open(line));
+                // What it was before is not what a crash of recovery may bring back.
+                let saved = self.saved.has(line);
+                self.decide_as(line, bytes);
+                if bytes.is_some() && !saved {
+                    self.saved.remove(line);
+                }
+            }
+        }
+    }
+
     fn save(&mut self, line: usize) {
         if self.saved.add(line) {
             let mut before = [0; LINE];
@@ -238,6 +304,7 @@ impl Inner {
             return Err(Error::Io);
         }
         self.stores += 1;
+        self.decide(range.start, from.len());
         for line in range.start / LINE..=(range.end - 1) / LINE {
             self.save(line);
             self.written.add(line);
@@ -255,6 +322,7 @@ impl Pmem for Media {
     fn read(&self, off: u64, to: &mut [u8]) -> Result<()> {
         let mut inner = self.0.borrow_mut();
         let range = inner.range(off, to.len())?;
+        inner.decide(range.start, to.len());
         inner.see(range.start, to.len());
         to.copy_from_slice(&inner.bytes[range]);
         Ok(())
@@ -328,6 +396,37 @@ mod tests {
             m.store(64, 10).unwrap();
             m.reset();
             assert_eq!(m.bytes(), before, "{round}");
+        }
+    }
+
+    #[test]
+    fn what_is_open_is_decided_when_somebody_looks() {
+        let m = Media::new(4096);
+        m.settle(5, &[5; LINE]);
+        for _ in 0..2 {
+            m.set(1, &[1; LINE]);
+            m.keep(2);
+            m.leave_open(Box::new(|line| (line < 5).then_some([9; LINE])));
+            m.watch();
+            let nine = u64::from_le_bytes([9; 8]);
+            assert_eq!(
+                (m.load(64), m.load(128)),
+                (Ok(u64::from_le_bytes([1; 8])), Ok(0))
+            );
+            assert_eq!(
+                (m.load(192), m.load(320)),
+                (Ok(nine), Ok(u64::from_le_bytes([5; 8])))
+            );
+            m.store(264, 7).unwrap();
+            assert_eq!((m.load(256), m.load(264)), (Ok(nine), Ok(7)));
+            // Of what recovery stored, nothing is left; it did not make the line what it was.
+            m.crash(|| true);
+            assert_eq!((m.load(256), m.load(264)), (Ok(nine), Ok(nine)));
+            m.reset();
+            assert_eq!(
+                (m.load(64), m.load(192), m.load(256)),
+                (Ok(0), Ok(0), Ok(0))
+            );
         }
     }
 

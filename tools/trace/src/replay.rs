@@ -4,7 +4,7 @@
 use crate::format::Event;
 use pmskb_tcg::model::{Flush, LINE, Line, Memory, Model};
 use std::cell::RefCell;
-use std::collections::BTreeSet;
+use std::collections::HashSet;
 use std::ops::Range;
 
 /// What the guest's loads would see.
@@ -23,7 +23,7 @@ impl Memory for Ram {
 pub struct Replay {
     model: Model<Ram>,
     /// Lines that are at risk, and perhaps some that are not any more.
-    dirty: BTreeSet<usize>,
+    dirty: HashSet<usize>,
     /// Lines for which each vCPU has something to fence.
     queued: Vec<Vec<usize>>,
     /// Lines of which something was committed, see [`take_settled`](Self::take_settled).
@@ -37,7 +37,7 @@ impl Replay {
     pub fn new(size: usize, cpus: usize) -> Self {
         Self {
             model: Model::new(Ram(RefCell::new(vec![0; size])), vec![0; size], cpus),
-            dirty: BTreeSet::new(),
+            dirty: HashSet::new(),
             queued: vec![Vec::new(); cpus],
             settled: Vec::new(),
             volatile: 0..0,
@@ -94,7 +94,12 @@ impl Replay {
             }
             Event::Fence { cpu } => {
                 self.model.fence(cpu.into());
-                self.settled.append(&mut self.queued[usize::from(cpu)]);
+                for line in self.queued[usize::from(cpu)].drain(..) {
+                    if !self.model.at_risk(line) {
+                        self.dirty.remove(&line);
+                    }
+                    self.settled.push(line);
+                }
                 None
             }
             Event::Mark { .. } | Event::End { .. } => None,
@@ -111,18 +116,9 @@ impl Replay {
         self.model.waits(cpu.into())
     }
 
-    /// Lines of a range that a cut now could lose, or leave in an older state.
-    pub fn at_risk(&mut self, lines: &Range<usize>) -> Vec<usize> {
-        let gone: Vec<usize> = self
-            .dirty
-            .iter()
-            .copied()
-            .filter(|line| !self.model.at_risk(*line))
-            .collect();
-        for line in gone {
-            self.dirty.remove(&line);
-        }
-        self.dirty.range(lines.clone()).copied().collect()
+    /// Whether a cut now could lose a line, or leave it in an older state.
+    pub fn at_risk(&self, line: usize) -> bool {
+        self.dirty.contains(&line) && self.model.at_risk(line)
     }
 
     /// Lines of which something became durable since this was asked last.
@@ -168,23 +164,26 @@ mod tests {
         }
     }
 
+    fn risk(r: &Replay) -> Vec<usize> {
+        (0..64).filter(|line| r.at_risk(*line)).collect()
+    }
+
     #[test]
     fn what_is_fenced_is_settled_and_no_longer_at_risk() {
         let mut r = Replay::new(4096, 2);
         r.apply(&store(64, 1));
         r.apply(&store(64, 2));
         r.apply(&store(128, 3));
-        assert_eq!(r.at_risk(&(0..64)), [1, 2]);
-        assert_eq!(r.at_risk(&(2..64)), [2]);
+        assert_eq!(risk(&r), [1, 2]);
         assert_eq!(r.model().versions(1).len(), 3);
         assert_eq!(r.apply(&flush(1)), Some(Flush::Dirty));
         assert_eq!(r.apply(&flush(1)), Some(Flush::Repeated));
         assert!(r.waits(0) && !r.waits(1));
         r.apply(&Event::Fence { cpu: 1 });
-        assert_eq!(r.at_risk(&(0..64)), [1, 2]);
+        assert_eq!(risk(&r), [1, 2]);
         r.apply(&Event::Fence { cpu: 0 });
         assert_eq!(r.take_settled(), [1]);
-        assert_eq!(r.at_risk(&(0..64)), [2]);
+        assert_eq!(risk(&r), [2]);
         assert_eq!(r.apply(&flush(1)), Some(Flush::Clean));
     }
 
@@ -198,7 +197,7 @@ mod tests {
         });
         r.set_volatile(8..16);
         r.apply(&store(8 * 64, 1));
-        assert!(r.at_risk(&(0..64)).is_empty());
+        assert!(risk(&r).is_empty());
         assert_eq!(r.model().durable(0), [9; LINE]);
         assert_eq!(r.bytes(512..520), [1; 8]);
     }

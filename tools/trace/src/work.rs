@@ -39,7 +39,7 @@ impl Rng {
 
 /// The bytes of key `number`: a name that begins with it, of a length that follows from it.
 pub fn key_of(number: u64) -> Vec<u8> {
-    let mut key = format!("{:x}.{:x}", number >> 32, number & 0xffff_ffff).into_bytes();
+    let mut key = format!("{:x}.{:x}-", number >> 32, number & 0xffff_ffff).into_bytes();
     let long = match number % 11 {
         3 => 48,
         7 => 200,
@@ -77,6 +77,6 @@ mod tests {
         let all: HashSet<_> = (0..1000).map(|op| bytes_of(op, 9)).collect();
         assert_eq!(all.len(), 1000);
         assert_eq!(bytes_of(1, 100)[..50], bytes_of(1, 50));
-        assert_eq!(key_of(5), b"0.5");
+        assert_eq!(key_of(5), b"0.5-");
     }
 }

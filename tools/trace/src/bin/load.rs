@@ -546,7 +546,10 @@ impl Worker {
             Err(e) if e.errno() == libc::ENOSPC => return Ok(()),
             other => other?,
         };
-        buffer.bytes_mut()[..bytes.len()].copy_from_slice(&bytes);
+        // A store across two pages is one of which the plugin is told half.
+        for (to, from) in buffer.bytes_mut().chunks_mut(4096).zip(bytes.chunks(4096)) {
+            to[..from.len()].copy_from_slice(from);
+        }
         let mut batch = Batch::new();
         let name = key_of(self.key(key));
         let ext = buffer.ext(0..bytes.len() as u32);
