@@ -30,6 +30,7 @@ export MINUTES
 endif
 CUTS ?= 200
 SEED ?= 1
+IMAGES ?= 100000
 
 all:
 	@$(LAB) all
@@ -61,6 +62,10 @@ test-debug test-faults lint fuzz:
 crash:
 	@$(LAB) crash
 
+crash-trace:
+	@$(LAB) build
+	@tools/trace/trace --images $(IMAGES) --seed $(SEED) $(if $(BROKEN),--broken)
+
 bench:
 	@tools/bench/bench $(if $(QUICK),--quick)
 
@@ -89,6 +94,8 @@ help:
 	@echo '                   instructions, and throughput (half an hour; QUICK=1: counts only, 5 minutes)'
 	@echo '  make bench-core  what the core costs, beside LMDB and RocksDB (5 minutes; QUICK=1: 10 s)'
 	@echo '  make crash       every crash state of every short history of the store; an hour'
+	@echo '  make crash-trace IMAGES=n (100000) images of crashes between stores that the module made, SEED=s;'
+	@echo '                   BROKEN=1: with one flush or fence after the other taken out of the module'
 	@echo '  make fuzz        damaged images and random operations; MINUTES=n for each target (30)'
 	@echo '  make vm          a shell in a virtual machine with a store attached'
 	@echo '  make kernel      the kernel to build against; also: root rootfs'
@@ -105,7 +112,7 @@ help:
 	@echo
 	@echo 'More: README.md, tools/lab/README.md'
 
-.PHONY: all root kernel module tools selftests docs rootfs vm demo bite torture test test-debug test-faults lint crash fuzz bench bench-core clean distclean help
+.PHONY: all root kernel module tools selftests docs rootfs vm demo bite torture test test-debug test-faults lint crash crash-trace fuzz bench bench-core clean distclean help
 endif
 
 endif

@@ -94,7 +94,7 @@ impl Trace {
         trace.size = reader.header.size as usize;
         let mut replay = Replay::new(trace.size, CPUS);
         let (mut points, mut within) = (0, false);
-        while let Some(event) = reader.next()? {
+        while let Some(event) = reader.event()? {
             trace.events += 1;
             if trace.events % 65536 == 0 {
                 bar.set_position(trace.events);
@@ -384,7 +384,7 @@ impl<'a> Worker<'a> {
         let mut runs = trace.runs.iter().enumerate();
         let mut run: Option<(usize, &Run)> = None;
         let (mut point, mut events) = (0, 0);
-        while let Some(event) = reader.next()? {
+        while let Some(event) = reader.event()? {
             events += 1;
             match (&event, run) {
                 (Event::Mark { mark, .. }, run_now) => match (mark, run_now) {
@@ -563,7 +563,7 @@ impl<'a> Worker<'a> {
         match (nr - BOTH, rng.below(4)) {
             (subset, _) if subset < subsets => {
                 for (bit, kept) in kept.iter_mut().enumerate() {
-                    *kept = subset >> bit & 1 == 1;
+                    *kept = (subset >> bit) & 1 == 1;
                 }
                 how = format!("subset {subset:#x} of {count} lines");
             }

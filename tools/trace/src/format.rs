@@ -99,6 +99,15 @@ pub struct Header {
     pub size: u64,
 }
 
+/// A store that the next may continue.
+struct OpenStore {
+    cpu: u8,
+    direct: bool,
+    off: u64,
+    len: u8,
+    bytes: [u8; LINE],
+}
+
 /// Writes a trace.
 pub struct Writer<W: Write> {
     out: W,
@@ -106,7 +115,7 @@ pub struct Writer<W: Write> {
     at: u64,
     line: u64,
     /// A store that the next may continue.
-    open: Option<(u8, u64, u8, [u8; LINE])>,
+    open: Option<OpenStore>,
     /// Events written.
     pub events: u64,
 }
@@ -163,21 +172,24 @@ impl<W: Write> Writer<W> {
         off: u64,
         bytes: &[u8],
     ) -> std::io::Result<()> {
-        if let Some((by, start, len, all)) = &mut self.open {
-            let next = *start + u64::from(*len);
-            if *by == cpu && !direct && next == off && off % LINE as u64 != 0 {
-                all[usize::from(*len)..][..bytes.len()].copy_from_slice(bytes);
-                *len += bytes.len() as u8;
+        if let Some(open) = &mut self.open {
+            let same = (open.cpu, open.direct) == (cpu, direct);
+            if same && open.off + u64::from(open.len) == off && off % LINE as u64 != 0 {
+                open.bytes[usize::from(open.len)..][..bytes.len()].copy_from_slice(bytes);
+                open.len += bytes.len() as u8;
                 return Ok(());
             }
         }
         self.close()?;
         let mut all = [0; LINE];
         all[..bytes.len()].copy_from_slice(bytes);
-        if direct {
-            return self.bytes(DIRECT, cpu, off, bytes.len() as u8, &all);
-        }
-        self.open = Some((cpu, off, bytes.len() as u8, all));
+        self.open = Some(OpenStore {
+            cpu,
+            direct,
+            off,
+            len: bytes.len() as u8,
+            bytes: all,
+        });
         Ok(())
     }
 
@@ -224,7 +236,10 @@ impl<W: Write> Writer<W> {
 
     fn close(&mut self) -> std::io::Result<()> {
         match self.open.take() {
-            Some((cpu, off, len, all)) => self.bytes(STORE, cpu, off, len, &all),
+            Some(open) => {
+                let tag = if open.direct { DIRECT } else { STORE };
+                self.bytes(tag, open.cpu, open.off, open.len, &open.bytes)
+            }
             None => Ok(()),
         }
     }
@@ -329,7 +344,7 @@ impl<R: Read> Reader<R> {
     }
 
     /// The next event; the last is [`Event::End`], and a trace without one is an error.
-    pub fn next(&mut self) -> anyhow::Result<Option<Event>> {
+    pub fn event(&mut self) -> anyhow::Result<Option<Event>> {
         if self.ended {
             return Ok(None);
         }
@@ -469,7 +484,7 @@ mod tests {
         let mut reader = Reader::new(file)?;
         assert_eq!(reader.header, HEADER);
         let mut all = Vec::new();
-        while let Some(event) = reader.next()? {
+        while let Some(event) = reader.event()? {
             all.push(event);
         }
         Ok(all)

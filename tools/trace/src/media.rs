@@ -52,7 +52,7 @@ impl Bits {
         Bits(vec![0; len.div_ceil(64)])
     }
     fn has(&self, bit: usize) -> bool {
-        self.0[bit / 64] >> (bit % 64) & 1 == 1
+        (self.0[bit / 64] >> (bit % 64)) & 1 == 1
     }
     /// Sets it; whether it was not.
     fn add(&mut self, bit: usize) -> bool {

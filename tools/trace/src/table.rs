@@ -15,7 +15,7 @@ use anyhow::Context;
 use pmskb_core::{Extent, Frame, FrameFound, Inspector, LINE_SIZE, LineFound};
 use pmskb_tcg::model::{Flush, LINE};
 use serde::Serialize;
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 /// What calls of one kind did, added up.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -75,7 +75,7 @@ pub fn table(trace: &Trace, name: &str) -> anyhow::Result<Table> {
     // Keys that have an object.
     let mut there = HashSet::new();
     let lines = trace.runs[run].lines();
-    while let Some(event) = reader.next()? {
+    while let Some(event) = reader.event()? {
         if let Event::Mark { cpu, mark } = &event {
             match mark {
                 Mark::Start(_) => {
@@ -172,12 +172,16 @@ impl Call {
             }
             let line = line - first;
             let kind = kind(line);
-            if kind != Kind::Data || used.contains(&line) {
+            if kind != Kind::Data || used.contains_key(&line) {
                 *self.row.never_flushed.entry(kind).or_default() += 1;
             }
             let counts = match kind {
                 Kind::Superblock | Kind::Batch | Kind::Map | Kind::Header | Kind::List => true,
-                Kind::Record | Kind::Data => used.contains(&line),
+                // Bytes beside a record's, in its line, are of no account.
+                Kind::Record | Kind::Data => used.get(&line).is_some_and(|mask| {
+                    let (now, durable) = (model.now(line + first), model.durable(line + first));
+                    (0..LINE).any(|at| (mask >> at) & 1 == 1 && now[at] != durable[at])
+                }),
                 Kind::Live | Kind::Heads | Kind::Node => false,
             };
             self.row.forgotten += u64::from(counts);
@@ -222,16 +226,19 @@ impl Row {
     }
 }
 
-/// The lines, in the store, that its live records consist of, as memory is.
-fn used(replay: &Replay, run: &crate::crash::Run) -> anyhow::Result<HashSet<usize>> {
+/// The lines, in the store, that its live records consist of, as memory is, and which of their
+/// bytes.
+fn used(replay: &Replay, run: &crate::crash::Run) -> anyhow::Result<HashMap<usize, u64>> {
     let fail = |error| anyhow::anyhow!("looking at the store: {error:?}");
     let start = run.offset;
     let bytes = replay.bytes(start..start + run.geo.region_len as usize);
     let memory = pmskb_core::host::Memory::from_bytes(&bytes);
     let (inspector, _) = Inspector::new(&memory).map_err(fail)?;
-    let mut used = HashSet::new();
+    let mut used: HashMap<usize, u64> = HashMap::new();
     let mut add = |off: u64, len: u64| {
-        used.extend((off / LINE_SIZE) as usize..(off + len).div_ceil(LINE_SIZE) as usize);
+        for at in off..off + len {
+            *used.entry((at / LINE_SIZE) as usize).or_default() |= 1 << (at % LINE_SIZE);
+        }
     };
     let mut from = run.geo.first_frame();
     while let Some(frame) = inspector.next_mapped(from).map_err(fail)? {
@@ -278,8 +285,11 @@ pub fn text(table: &Table) -> String {
         "forgotten",
     ];
     let line = |words: &[String]| {
-        let rest: String = words[1..].iter().map(|word| format!("{word:>9}")).collect();
-        format!("{:<20}{rest}\n", words[0])
+        let mut line = format!("{:<20}", words[0]);
+        for word in &words[1..] {
+            line += &format!("{word:>10}");
+        }
+        line + "\n"
     };
     out += &line(&head.map(String::from));
     for (name, row) in &table.rows {
