@@ -473,6 +473,10 @@ impl<'a> Worker<'a> {
 
     fn images(&mut self, at: &mut At<'_>) -> anyhow::Result<()> {
         let (options, run) = (self.shared.options, at.run);
+        if options.export.is_some() && self.export_nr().is_none() {
+            return Ok(());
+        }
+        let exported = self.done.exported;
         // What recovery reads of the image that lost all, and of the one that lost nothing.
         let both = ["all lost", "nothing lost"].map(|how| Image {
             changes: Vec::new(),
@@ -495,7 +499,10 @@ impl<'a> Worker<'a> {
             n if n < 20 && 1 << n <= share.max(16) => 1 << n,
             _ => 0,
         };
-        let want = share.saturating_sub(BOTH) + self.owed;
+        let want = match options.export {
+            Some(_) => 8,
+            None => share.saturating_sub(BOTH) + self.owed,
+        };
         let (mut made, mut nr) = (0, BOTH);
         let mut most = BOTH + 3 * want + subsets;
         if let Some((_, only)) = options.only {
@@ -519,6 +526,12 @@ impl<'a> Worker<'a> {
                 self.done.alike += 1;
             }
             nr += 1;
+        }
+        if self.export_nr().is_some() && self.done.exported == exported {
+            // There is no such image: then the one that lost nothing.
+            self.apply(&both[1], None, run);
+            self.export(at)?;
+            self.media.reset();
         }
         // Points at which little is at risk leave theirs to others, within bounds.
         self.owed = (want - made.min(want)).min(64 * share);
@@ -662,12 +675,8 @@ impl<'a> Worker<'a> {
         if let Some(path) = self.shared.options.write.as_ref().filter(|_| only) {
             self.write(path)?;
         }
-        if let Some((directory, count)) = &self.shared.options.export {
-            let every = (self.shared.points / count).max(1);
-            // Of each point one, of those of a point another each time.
-            if self.place % every == 0 && nr == (self.place / every) % 8 {
-                self.export(directory, at)?;
-            }
+        if self.export_nr() == Some(nr) {
+            self.export(at)?;
         }
         let closes = rng.chance(1, 16);
         let result = catch_unwind(AssertUnwindSafe(|| {
@@ -755,8 +764,18 @@ impl<'a> Worker<'a> {
         }
     }
 
+    /// If this point is one of which an image is written: which. Another each time.
+    fn export_nr(&self) -> Option<u64> {
+        let (_, count) = self.shared.options.export.as_ref()?;
+        let every = (self.shared.points / count).max(1);
+        (self.place % every == 0).then_some(self.place / every % 8)
+    }
+
     /// Writes an image and what it may hold.
-    fn export(&mut self, directory: &Path, at: &At<'_>) -> anyhow::Result<()> {
+    fn export(&mut self, at: &At<'_>) -> anyhow::Result<()> {
+        let Some((directory, _)) = &self.shared.options.export else {
+            return Ok(());
+        };
         let name = directory.join(format!("{:05}", at.point));
         self.write(&name.with_extension("img"))?;
         let ledger = name.with_extension("ledger");
