@@ -198,7 +198,7 @@ impl Ledger {
         }
         self.check_keys(&keys)?;
         let appended = self.check_log(&log, state.truncated)?;
-        self.check_groups(&keys, &appended)
+        self.check_groups(&keys, &appended, state.truncated)
     }
 
     fn check_truncated(&self, truncated: u64) -> Result<(), String> {
@@ -301,11 +301,14 @@ impl Ledger {
         &self,
         keys: &HashMap<u64, &Found>,
         appended: &BTreeSet<u64>,
+        truncated: u64,
     ) -> Result<(), String> {
         let mut groups: BTreeMap<u64, (u32, u32)> = BTreeMap::new();
         for op in self.tried.values().filter(|op| op.group != 0) {
             let done = match op.what {
                 What::Put => keys.get(&op.key).is_some_and(|found| op.is(found)),
+                // Durable, and truncated by somebody else before it was acknowledged.
+                What::Append if op.result.is_some_and(|seq| seq <= truncated) => continue,
                 What::Append => appended.contains(&op.op),
                 // Of nothing, nobody can tell.
                 What::Delete if self.keys.get(&op.key).is_none_or(Option::is_none) => continue,
@@ -463,6 +466,28 @@ mod tests {
             found: all.clone(),
         };
         assert!(l.check(&back).unwrap_err().contains("was truncated"));
+    }
+
+    #[test]
+    fn what_another_thread_truncated_before_it_was_acknowledged_tears_no_group() {
+        let mut l = Ledger::default();
+        l.begin(&begin(1, Kind::Put, 1, 9), Some(1));
+        l.begin(&begin(2, Kind::Append, 0, 9), Some(2));
+        let put = [found(1, Some(1), 1)];
+        wrong(&l, &put, "torn");
+        let truncate = Begin {
+            seq: 5,
+            ..begin(3, Kind::Truncate, 0, 0)
+        };
+        l.begin(&truncate, Some(5));
+        l.ack(3, 5);
+        let state = State {
+            truncated: 5,
+            found: put.to_vec(),
+        };
+        l.check(&state).unwrap();
+        l.ack(1, 1);
+        l.check(&state).unwrap();
     }
 
     #[test]
