@@ -134,7 +134,10 @@ impl Ledger {
             .map(|other| other.op)
             .collect();
         for number in rest {
-            if let Some(op) = self.tried.get(&number).cloned() {
+            if let Some(op) = self.tried.get_mut(&number) {
+                // Its own answer comes; it is not one of those that may be absent any more.
+                op.group = 0;
+                let op = op.clone();
                 self.settle(op);
             }
         }
@@ -433,6 +436,22 @@ mod tests {
             &[found(1, Some(1), 1), found(2, Some(2), 2)],
             "has record 1",
         );
+    }
+
+    #[test]
+    fn between_the_answers_of_a_group_all_of_it_is_there() {
+        let mut l = Ledger::default();
+        for op in 1..=3 {
+            let kind = if op == 2 { Kind::Put } else { Kind::Append };
+            l.begin(&begin(op, kind, 1, 9), Some(op as i64));
+        }
+        let all = [found(1, None, 1), found(2, Some(1), 2), found(3, None, 3)];
+        for op in 1..=3 {
+            l.check(&state(&all)).unwrap();
+            l.ack(op, op as i64);
+            wrong(&l, &all[..2], "record 3");
+        }
+        l.check(&state(&all)).unwrap();
     }
 
     #[test]
