@@ -31,6 +31,7 @@ endif
 CUTS ?= 200
 SEED ?= 1
 export SEED
+IMAGES ?= 100000
 
 all:
 	@$(LAB) all
@@ -62,6 +63,10 @@ test-debug test-faults lint fuzz fuzz-kernel:
 crash:
 	@$(LAB) crash
 
+crash-trace:
+	@$(LAB) build
+	@tools/trace/trace --images $(IMAGES) --seed $(SEED) $(if $(BROKEN),--broken)
+
 bench:
 	@tools/bench/bench $(if $(QUICK),--quick)
 
@@ -90,6 +95,8 @@ help:
 	@echo '                   instructions, and throughput (half an hour; QUICK=1: counts only, 5 minutes)'
 	@echo '  make bench-core  what the core costs, beside LMDB and RocksDB (5 minutes; QUICK=1: 10 s)'
 	@echo '  make crash       every crash state of every short history of the store; an hour'
+	@echo '  make crash-trace IMAGES=n (100000) images of crashes between stores that the module made, SEED=s;'
+	@echo '                   BROKEN=1: with one flush or fence after the other taken out of the module'
 	@echo '  make fuzz        damaged images and random operations; MINUTES=n for each target (30)'
 	@echo '  make fuzz-kernel calls, damaged images and packets, at the module in a guest; MINUTES=n for'
 	@echo '                   each (10), SEED=s (1); KERNEL=$(KERNEL)-debug on a debug kernel'
@@ -108,7 +115,7 @@ help:
 	@echo
 	@echo 'More: README.md, tools/lab/README.md'
 
-.PHONY: all root kernel module tools selftests docs rootfs vm demo bite torture test test-debug test-faults lint crash fuzz fuzz-kernel bench bench-core clean distclean help
+.PHONY: all root kernel module tools selftests docs rootfs vm demo bite torture test test-debug test-faults lint crash crash-trace fuzz fuzz-kernel bench bench-core clean distclean help
 endif
 
 endif

@@ -62,6 +62,18 @@ const char *pmskb_attach_param(void)
 	return attach;
 }
 
+#ifdef PMSKB_BREAK
+static char broken[32];
+module_param_string(broken, broken, sizeof(broken), 0644);
+MODULE_PARM_DESC(broken, "What the storage core does without, to see whether tests notice");
+
+bool pmskb_is_broken(const u8 *name, size_t len)
+{
+	return len < sizeof(broken) && !memcmp(broken, name, len) &&
+	       (!broken[len] || broken[len] == '\n');
+}
+#endif
+
 /* The disk's list is the driver's: sectors of the whole disk. */
 bool pmskb_bdev_is_bad(struct block_device *bdev, u64 sector, u64 nr)
 {

@@ -97,6 +97,9 @@ enum pmskb_cmd {
 
 const char *pmskb_attach_param(void);
 
+/* Of builds for tests, see host.rs. */
+bool pmskb_is_broken(const u8 *name, size_t len);
+
 /* See inject.rs. */
 enum pmskb_inject_kind {
 	PMSKB_INJECT_MEMORY = 1,	/* allocations */

@@ -47,3 +47,11 @@ pub(crate) fn random(to: &mut [u8]) {
     // SAFETY: `to` is valid for writes of its length.
     unsafe { bindings::get_random_bytes(to.as_mut_ptr().cast(), to.len()) };
 }
+
+/// Whether the core is to do without something now: the parameter `broken` names it. Only in
+/// builds for tests (`make ... PMSKB_BREAK=1`). Any context.
+#[cfg(pmskb_break = "by_name")]
+pub(crate) fn broken(name: &str) -> bool {
+    // SAFETY: `name` is valid for reads of its length.
+    unsafe { ext::pmskb_is_broken(name.as_ptr(), name.len()) }
+}

@@ -855,6 +855,11 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
                 self.flush(off, 8)?;
             }
         }
+        if FrameHeader::foreign(&self.pm, frame.off(), &self.sb.uuid)? {
+            // What an earlier store of the region left there: with its header, or words of that,
+            // its records would be taken for some of this store that were lost with theirs.
+            self.fence();
+        }
         Ok(())
     }
 

@@ -444,6 +444,75 @@ fn a_crash_while_formatting_leaves_the_old_store_none_or_the_new_one() {
 }
 
 #[test]
+fn what_an_earlier_store_left_in_a_frame_is_no_damage() {
+    // A frame with records, and one with truncated ones that was given back.
+    let records = [put("a", 1, 100), put("b", 2, 100), Op::Commit];
+    earlier_store(&records, &[]);
+    let mut log: Vec<_> = (1..80).map(|tag| Op::Append { tag, len: 8 }).collect();
+    log.push(Op::Commit);
+    let last = Op::Append { tag: 99, len: 8 };
+    let gone = [Op::Truncate, last, Op::Commit, Op::Sync];
+    earlier_store(&log, &gone);
+}
+
+/// A store is used, formatted again, and uses the frame that had its first records for records;
+/// what these were is in the caches, or something else is.
+fn earlier_store(before: &[Op], then: &[Op]) {
+    let (store, _) = recover(formatted()).unwrap();
+    let mut driver = Driver::new(store);
+    for op in before {
+        driver.run(op).unwrap();
+    }
+    let first = log_of(&driver.store)[0].loc.0 / FRAME_SIZE;
+    for op in then {
+        driver.run(op).unwrap();
+    }
+    let old = driver.store.pm().crash_subset(0, &mut Rng(0));
+    assert_eq!(old.load(first * FRAME_SIZE) == Ok(0), !then.is_empty());
+    let new = FormatParams {
+        uuid: [9; 16],
+        salt: 77,
+        ..params()
+    };
+    format(&old, &new).unwrap();
+    let base = old.crash_subset(0, &mut Rng(0));
+    let run = |stop: u64, taken: usize| {
+        let (store, _) = recover(base.clone()).unwrap();
+        store.pm().reset_counts();
+        store.pm().stop_at(stop);
+        let mut driver = Driver::new(store);
+        for _ in 0..taken {
+            driver.store.frames().alloc(None, Need::New).unwrap();
+        }
+        let ops = [Op::Append { tag: 3, len: 0 }, Op::Commit];
+        let _ = ops.iter().try_for_each(|op| driver.run(op));
+        driver
+    };
+    // The record frame goes where one was.
+    let at = |taken| log_of(&run(u64::MAX, taken).store)[0].loc.0 / FRAME_SIZE;
+    let taken = (0..20).find(|taken| at(*taken) == first).unwrap();
+    let whole = run(u64::MAX, taken);
+    let events = whole.store.pm().counts().events;
+    let (mut states, mut rng) = (0, Rng(14));
+    for stop in 0..=events {
+        let driver = run(stop, taken);
+        let pm = driver.store.pm();
+        let lines = pm.unsafe_lines().len().min(10);
+        let images = (0..1 << lines).map(|kept| pm.crash_subset(kept, &mut Rng(kept)));
+        let images: Vec<_> = images
+            .chain((0..300).map(|_| pm.crash_torn(&mut rng)))
+            .collect();
+        for image in images {
+            states += 1;
+            let (store, report) = recover(image).unwrap();
+            check(&store, &driver.model).unwrap();
+            assert_eq!(report.damaged_frames, 0, "stopped at {stop}: {report:?}");
+        }
+    }
+    println!("{states} states");
+}
+
+#[test]
 fn random_histories_with_crashes_keep_the_promise() {
     let rounds = std::env::var("PMSKB_ROUNDS").map_or(60, |n| n.parse().unwrap());
     let seed = std::env::var("PMSKB_SEED").map_or(42, |n| n.parse().unwrap());

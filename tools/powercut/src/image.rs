@@ -93,12 +93,12 @@ pub fn replace_text(path: &Path, text: &str) -> Result<(), String> {
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
+mod tests {
     use super::*;
     use crate::model::Line;
 
     /// A file name that no other test uses.
-    pub(crate) fn scratch(name: &str) -> PathBuf {
+    fn scratch(name: &str) -> PathBuf {
         std::env::temp_dir().join(format!("powercut-{}-{name}", std::process::id()))
     }
 

@@ -151,8 +151,13 @@ impl Drop for Region {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::image::tests::scratch;
     use std::os::unix::fs::FileExt;
+    use std::path::PathBuf;
+
+    /// A file name that no other test uses.
+    fn scratch(name: &str) -> PathBuf {
+        std::env::temp_dir().join(format!("tcg-{}-{name}", std::process::id()))
+    }
 
     #[test]
     fn sees_stores_and_skips_holes() {

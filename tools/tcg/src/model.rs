@@ -16,6 +16,12 @@ pub type Line = [u8; LINE];
 /// Every byte of a line, as a mask with one bit for each.
 const WHOLE: u64 = u64::MAX;
 
+/// Whose fence a version waits for that nobody wrote back: an eviction.
+const NOBODY: usize = usize::MAX;
+
+/// Versions of a line that are kept for evictions; the oldest are forgotten.
+const EVICTIONS: usize = 12;
+
 /// What the guest's loads see now, which is what its stores left.
 pub trait Memory {
     /// The present contents of line `index`.
@@ -110,6 +116,31 @@ impl<M: Memory> Model<M> {
     /// Whether something waits for a fence of `cpu`.
     pub fn waits(&self, cpu: usize) -> bool {
         self.queued.get(cpu).is_some_and(|q| !q.is_empty())
+    }
+
+    /// A store is about to change `line`: what is there now may have been evicted in time.
+    /// Who sees each store says so before it, and a cut then draws from such versions, too;
+    /// without it, the model knows of those that were flushed, and of the present one.
+    pub fn changing(&mut self, line: usize) {
+        let data = self.now.line(line);
+        if data == self.durable(line) && !self.pending.contains_key(&line) {
+            return;
+        }
+        let waiting = self.pending.entry(line).or_default();
+        match waiting.last() {
+            Some(last) if last.mask == WHOLE && last.data == data => return,
+            _ => {}
+        }
+        let mine = |p: &Pending| p.cpu == NOBODY;
+        if waiting.iter().filter(|p| mine(p)).count() >= EVICTIONS {
+            let oldest = waiting.iter().position(mine);
+            waiting.remove(oldest.expect("they were counted"));
+        }
+        waiting.push(Pending {
+            cpu: NOBODY,
+            mask: WHOLE,
+            data,
+        });
     }
 
     /// `clwb` or `clflushopt`: snapshots the line; durable at `cpu`'s next fence.
@@ -210,9 +241,9 @@ impl<M: Memory> Model<M> {
         }
     }
 
-    /// Draws one of the states in which a cut may leave `line`.
-    fn drawn(&self, line: usize, seed: u64) -> Line {
-        // Every version that the line may have had in memory, oldest first.
+    /// Every version that a cut may leave of `line`, oldest first: what is durable, what it
+    /// was since, what it is. A torn line has words of several.
+    pub fn versions(&self, line: usize) -> Vec<Line> {
         let mut versions = vec![self.durable(line)];
         for p in self.pending.get(&line).into_iter().flatten() {
             let mut next = versions[versions.len() - 1];
@@ -220,7 +251,12 @@ impl<M: Memory> Model<M> {
             versions.push(next);
         }
         versions.push(self.now(line));
+        versions
+    }
 
+    /// Draws one of the states in which a cut may leave `line`.
+    fn drawn(&self, line: usize, seed: u64) -> Line {
+        let versions = self.versions(line);
         let mut rng = Rng::new(seed, line as u64);
         if rng.below(2) == 0 {
             return versions[0];
@@ -238,6 +274,7 @@ impl<M: Memory> Model<M> {
 
     fn push(&mut self, cpu: usize, line: usize, mask: u64, data: Line) {
         let waiting = self.pending.entry(line).or_default();
+        // (Never of NOBODY, who has no fence.)
         if waiting.iter().all(|p| p.cpu != cpu) {
             if self.queued.len() <= cpu {
                 self.queued.resize_with(cpu + 1, Vec::new);
@@ -453,6 +490,49 @@ mod tests {
     }
 
     #[test]
+    fn a_version_between_two_stores_may_have_been_evicted() {
+        let (ram, mut m) = model(1);
+        for byte in 1..4 {
+            m.changing(0);
+            ram.store(0, byte, 64);
+        }
+        let bytes = |m: &Model<Ram>| m.versions(0).iter().map(|v| v[0]).collect::<Vec<_>>();
+        assert_eq!(bytes(&m), [0, 1, 2, 3]);
+        // What was flushed outdates those before it, once it is fenced, and not what came after.
+        m.flush(0, 0);
+        m.changing(0);
+        ram.store(0, 4, 64);
+        m.changing(0);
+        ram.store(0, 5, 64);
+        m.fence(0);
+        assert_eq!(bytes(&m), [3, 4, 5]);
+        // A version that is back is there, but the one between may be what is durable.
+        m.flush(0, 0);
+        m.fence(0);
+        assert!(!m.at_risk(0));
+        m.changing(0);
+        ram.store(0, 6, 64);
+        m.changing(0);
+        ram.store(0, 5, 64);
+        assert!(m.at_risk(0));
+    }
+
+    #[test]
+    fn versions_for_evictions_are_bounded() {
+        let (ram, mut m) = model(1);
+        for byte in 1..100 {
+            m.changing(0);
+            ram.store(0, byte, 64);
+        }
+        let all = m.versions(0);
+        assert_eq!(all.len(), EVICTIONS + 2);
+        assert_eq!(
+            (all[0][0], all[EVICTIONS][0], all[EVICTIONS + 1][0]),
+            (0, 98, 99)
+        );
+    }
+
+    #[test]
     fn seeds_differ_and_each_outcome_occurs() {
         let (ram, m) = model(1);
         ram.store(0, 1, 64);
@@ -555,18 +635,31 @@ mod tests {
         }
     }
 
+    /// If stores are seen, says that one comes.
+    fn tell(m: &mut Model<Ram>, seen: bool, at: usize, len: usize) {
+        for line in (at / LINE..=(at + len - 1) / LINE).filter(|_| seen) {
+            m.changing(line);
+        }
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig { failure_persistence: None, ..Default::default() })]
 
         #[test]
-        fn agrees_with_the_rules_told_byte_by_byte(events in prop::collection::vec(event(), 0..60)) {
+        fn agrees_with_the_rules_told_byte_by_byte(
+            events in prop::collection::vec(event(), 0..60), seen: bool,
+        ) {
             let (ram, mut m) = model(LINES);
             let mut want = Bytes::new();
             for (i, e) in events.iter().enumerate() {
                 want.apply(i + 1, e);
                 match *e {
-                    Event::Store(a, b, n) => ram.store(a, b, n),
+                    Event::Store(a, b, n) => {
+                        tell(&mut m, seen, a, n);
+                        ram.store(a, b, n);
+                    }
                     Event::StoreNt(c, a, b, n) => {
+                        tell(&mut m, seen, a, n);
                         ram.store(a, b, n);
                         m.store_nt(c, a, n);
                     }
@@ -584,15 +677,19 @@ mod tests {
 
         #[test]
         fn a_drawn_word_is_one_that_the_word_has_held(
-            events in prop::collection::vec(event(), 0..40), seed: u64,
+            events in prop::collection::vec(event(), 0..40), seed: u64, seen: bool,
         ) {
             let (ram, mut m) = model(LINES);
             let mut held: Vec<Vec<[u8; 8]>> = vec![vec![[0; 8]]; LINES * LINE / 8];
             for e in &events {
                 match *e {
                     // Whole words only, so that every version of a word is seen.
-                    Event::Store(a, b, _) => ram.store(a / 8 * 8, b, 8),
+                    Event::Store(a, b, _) => {
+                        tell(&mut m, seen, a / 8 * 8, 8);
+                        ram.store(a / 8 * 8, b, 8);
+                    }
                     Event::StoreNt(c, a, b, _) => {
+                        tell(&mut m, seen, a / 8 * 8, 8);
                         ram.store(a / 8 * 8, b, 8);
                         m.store_nt(c, a / 8 * 8, 8);
                     }
