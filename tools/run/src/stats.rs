@@ -119,7 +119,7 @@ mod tests {
             computed: 3,
             ..before
         };
-        after.unplaced[UNPLACED[3].1] = 4;
+        after.unplaced[UNPLACED[2].1] = 4;
         let report = Report {
             store: Path::new("/dev/pmskb7"),
             counts: &[3, 2, 1, 13],
