@@ -407,6 +407,12 @@ void pmskb_resched(void)
 	cond_resched();
 }
 
+bool pmskb_killed(void)
+{
+	cond_resched();
+	return fatal_signal_pending(current);
+}
+
 bool pmskb_signal_pending(void)
 {
 	return signal_pending(current);

@@ -80,6 +80,7 @@ int pmskb_limit_set(struct pmskb_node *node, u32 which, u32 value);
 u64 pmskb_now(void);
 void pmskb_resched(void);
 bool pmskb_signal_pending(void);
+bool pmskb_killed(void);
 int pmskb_flush_deferred_skbs(void);
 
 enum pmskb_cmd {

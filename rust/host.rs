@@ -48,6 +48,12 @@ pub(crate) fn random(to: &mut [u8]) {
     unsafe { bindings::get_random_bytes(to.as_mut_ptr().cast(), to.len()) };
 }
 
+/// Lets others run; whether the task is to be killed. Process context.
+pub(crate) fn killed() -> bool {
+    // SAFETY: In process context, says the caller.
+    unsafe { ext::pmskb_killed() }
+}
+
 /// Whether the core is to do without something now: the parameter `broken` names it. Only in
 /// builds for tests (`make ... PMSKB_BREAK=1`). Any context.
 #[cfg(pmskb_break = "by_name")]

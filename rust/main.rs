@@ -149,6 +149,7 @@ fn errno(error: pm::Error) -> Error {
         pm::Error::ReadOnly => c::EROFS,
         pm::Error::Stale => c::ESTALE,
         pm::Error::NoMemory => c::ENOMEM,
+        pm::Error::Interrupted => c::EINTR,
     };
     Error::from_errno(-(number as i32))
 }

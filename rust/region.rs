@@ -931,6 +931,13 @@ impl pm::Pmem for Region {
         }
     }
 
+    fn go_on(&self) -> pm::Result<()> {
+        if crate::host::killed() {
+            return Err(pm::Error::Interrupted);
+        }
+        Ok(())
+    }
+
     fn flush(&self, off: u64, len: u64) -> pm::Result<()> {
         if len == 0 {
             return Ok(());
@@ -996,6 +1003,9 @@ impl pm::Pmem for Media {
     }
     fn flush(&self, off: u64, len: u64) -> pm::Result<()> {
         self.0.flush(off, len)
+    }
+    fn go_on(&self) -> pm::Result<()> {
+        self.0.go_on()
     }
     fn fence(&self) {
         self.0.fence()

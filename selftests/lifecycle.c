@@ -74,6 +74,67 @@ static void all_back(struct __test_metadata *_metadata, struct store *s, long re
 	EXPECT_EQ(references, module_references()) TH_LOG("references to the module");
 }
 
+/* Attaches, in a process that is killed after so many microseconds; whether there is a store then. */
+static bool attached_when_killed(struct __test_metadata *_metadata, const char *dev, int64_t us)
+{
+	pid_t pid = fork();
+	unsigned int minor;
+	int ctl, status;
+
+	ASSERT_LE(0, pid);
+	if (!pid) {
+		struct pmskb_attach a;
+
+		_exit(dev_attach(ctl_open(), open(dev, O_RDWR), &a) ? 1 : 0);
+	}
+	usleep(us);
+	kill(pid, SIGKILL);
+	ASSERT_EQ(pid, waitpid(pid, &status, 0));
+	EXPECT_TRUE(WIFSIGNALED(status) || !WEXITSTATUS(status)) TH_LOG("status %d", status);
+	ctl = ctl_open();
+	ASSERT_LE(0, ctl);
+	for (minor = 0; minor < 8 && dev_detach(ctl, minor, 4000 * slowness()); minor++)
+		;
+	close(ctl);
+	return minor < 8;
+}
+
+TEST_F_TIMEOUT(life, an_attach_that_is_killed_leaves_nothing_behind, 300)
+{
+	enum { NR = 60, EACH = 1000, TRIES = 24 };
+	static struct pmskb_result res[EACH];
+	static struct pmskb_op ops[EACH];
+	static char keys[EACH][16];
+	struct timespec from, to;
+	const char *dev, *why;
+	int i, k, none = 0;
+	int64_t whole;
+
+	for (i = 0; i < NR; i++) {
+		for (k = 0; k < EACH; k++) {
+			ops[k] = (struct pmskb_op) {
+				.opcode = PMSKB_OP_PUT, .fd = -1, .key = (uint64_t)keys[k],
+				.key_len = snprintf(keys[k], sizeof(keys[k]), "%d/%d", k, i),
+			};
+		}
+		ASSERT_EQ(0, submit(self->s.fd, ops, res, EACH));
+		ASSERT_LT(0, res[EACH - 1].res);
+	}
+	ASSERT_EQ(0, store_close(&self->s));
+	dev = dev_path(variant->dev, &why);
+	clock_gettime(CLOCK_MONOTONIC, &from);
+	ASSERT_EQ(0, store_open(&self->s, variant->dev));
+	clock_gettime(CLOCK_MONOTONIC, &to);
+	ASSERT_EQ(0, store_close(&self->s));
+	whole = (to.tv_sec - from.tv_sec) * 1000000LL + (to.tv_nsec - from.tv_nsec) / 1000;
+	for (k = 1; k < TRIES; k++)
+		none += !attached_when_killed(_metadata, dev, whole * k / TRIES);
+	TH_LOG("attaching took %lld us; %d of %d were killed before", (long long)whole, none, TRIES - 1);
+	EXPECT_LT(TRIES / 4, none);
+	ASSERT_EQ(0, store_open(&self->s, variant->dev));
+	EXPECT_EQ(NR * EACH, self->s.info.records);
+}
+
 TEST_F_TIMEOUT(life, references_are_exact_over_thousands_of_accepts_and_closes, 600)
 {
 	unsigned long nr = env_number("PMSKB_TEST_CONNS", 2000), i;

@@ -110,7 +110,7 @@ fn probe<P: Pmem>(pm: &P, sb: &Superblock, off: u64) -> Result<Option<(u64, u64,
     let mut raw = [0u8; LINE_SIZE as usize];
     pm.read(off, &mut raw)?;
     let (number, count) = (get_u64(&raw, 8)?, get_u32(&raw, 16)?);
-    // Numbers count batches, so there is no end to them; and say which area it is.
+    // Numbers count the batches of an attach, so there is no end to them; and say which area it is.
     let possible = number < 1 << 63 && off == area_off(number);
     if get_u32(&raw, 4)? != MAGIC || count as usize > MAX_WORDS || !possible {
         return Ok(None);
@@ -166,8 +166,6 @@ fn belongs(sb: &Superblock, to: u64) -> bool {
 /// What [`replay`] did.
 #[derive(Default)]
 pub(super) struct Replayed {
-    /// The number that the next batch may have.
-    pub(super) next: u64,
     /// Words that had yet to be stored.
     pub(super) words: u32,
     /// Areas that the media refused to read. If one was in force, and its words
@@ -175,8 +173,8 @@ pub(super) struct Replayed {
     pub(super) unreadable: u64,
 }
 
-/// At recovery: does what batches in force say, durably, and ends them. A word
-/// that belongs nowhere is left out.
+/// At recovery: does what batches in force say, durably, and ends them, so that numbers may begin
+/// anew. A word that belongs nowhere is left out.
 pub(super) fn replay<P: Pmem>(pm: &P, sb: &Superblock) -> Result<Replayed> {
     let mut done = Replayed::default();
     let mut look = |off| match probe(pm, sb, off) {
@@ -194,8 +192,7 @@ pub(super) fn replay<P: Pmem>(pm: &P, sb: &Superblock) -> Result<Replayed> {
             found = [second, first];
         }
     }
-    for (number, off, count) in found.into_iter().flatten() {
-        done.next = done.next.max(number + 1);
+    for (_, off, count) in found.into_iter().flatten() {
         for index in 0..u64::from(count) {
             let at = off + LINE_SIZE + index * 16;
             let (to, word) = (pm.load(at)?, pm.load(at + 8)?);

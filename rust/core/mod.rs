@@ -132,6 +132,8 @@ pub enum Error {
     ReadOnly,
     /// The host has no memory for this (ENOMEM).
     NoMemory,
+    /// Somebody does not want to wait (EINTR).
+    Interrupted,
 }
 
 /// What operations of the core return.

@@ -87,6 +87,12 @@ pub trait Pmem {
     /// A hint: the lines of a range will be read soon. Any range is allowed.
     fn prefetch(&self, _off: u64, _len: u64) {}
 
+    /// Asked again and again while all records are gone over: an error, which is
+    /// [`Error::Interrupted`], ends that.
+    fn go_on(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// CRC32C of `data`, continuing from `crc` (0 at the start):
     /// `crc32c(crc32c(0, a), b)` is the CRC32C of `a` followed by `b`.
     fn crc32c(&self, crc: u32, data: &[u8]) -> u32 {
@@ -127,6 +133,9 @@ impl<P: Pmem + ?Sized> Pmem for &P {
     }
     fn prefetch(&self, off: u64, len: u64) {
         (**self).prefetch(off, len)
+    }
+    fn go_on(&self) -> Result<()> {
+        (**self).go_on()
     }
     fn crc32c(&self, crc: u32, data: &[u8]) -> u32 {
         (**self).crc32c(crc, data)

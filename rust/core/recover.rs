@@ -97,7 +97,8 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
     ///
     /// Errors are those of [`probe`]; [`Error::ReadOnly`] if the store has
     /// features that only allow reading and `options` does not; [`Error::NoSpace`]
-    /// if no frames are left for the index; [`Error::NoMemory`] if `list` fails.
+    /// if no frames are left for the index; [`Error::NoMemory`] if `list` fails;
+    /// [`Error::Interrupted`] if [`Pmem::go_on`] says so, and then it is as after a crash.
     pub fn recover<L: DerefMut<Target = [IndexEntry]>>(
         pm: P,
         frames: F,
@@ -117,7 +118,6 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
             batch::restore(&pm, &found.superblock)?;
         }
         let mut store = Store::empty(pm, frames, work, found.superblock)?;
-        store.batch_number = replayed.next;
         let mut keyed = 0;
         store.claim_all(&mut report, &mut keyed)?;
         if report.last_seq >= u64::MAX / 2 {
@@ -182,6 +182,7 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         let mut line = 1;
         let mut readable = true;
         while line < LINES {
+            self.pm.go_on()?;
             match parse(&self.pm, &self.geo, header, line) {
                 Ok(Line::Put(record)) => {
                     report.last_seq = report.last_seq.max(record.seq);
@@ -409,6 +410,7 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
             if common == 0 {
                 break;
             }
+            self.pm.go_on()?;
             let key = key_of(&self.pm, entry.loc)?;
             common = key.compare(&self.pm, &first, common)?.1;
         }
@@ -423,6 +425,7 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
             let same = same.count();
             let (ties, rest) = list.split_at_mut_checked(same).ok_or(Error::Damaged)?;
             heap_sort(ties, |one, other| {
+                self.pm.go_on()?;
                 let order = compare(&self.pm, one.loc, other.loc)?;
                 let seq = |entry: &IndexEntry| self.pm.load(entry.loc.saturating_add(8));
                 Ok(match order {

@@ -53,6 +53,8 @@ struct State {
     /// And from this fence on.
     stop_fence: u64,
     flushed_any: bool,
+    /// Questions whether to go on that are answered with yes.
+    patience: u64,
 }
 
 /// Simulated persistent memory.
@@ -166,8 +168,14 @@ impl SimPm {
                 stop: u64::MAX,
                 stop_fence: u64::MAX,
                 flushed_any: false,
+                patience: u64::MAX,
             }),
         }
+    }
+
+    /// After so many questions whether to go on, the answer is no.
+    pub fn give_up_after(&self, questions: u64) {
+        self.state.borrow_mut().patience = questions;
     }
 
     /// Counts from 0 again.
@@ -320,6 +328,12 @@ fn volatile(state: &State, line: u64) -> bool {
 impl Pmem for SimPm {
     fn len(&self) -> u64 {
         self.len
+    }
+
+    fn go_on(&self) -> Result<()> {
+        let mut state = self.state.borrow_mut();
+        state.patience = state.patience.checked_sub(1).ok_or(Error::Interrupted)?;
+        Ok(())
     }
 
     fn read(&self, off: u64, to: &mut [u8]) -> Result<()> {

@@ -198,6 +198,90 @@ fn an_atomic_batch_is_there_as_a_whole_or_not_at_all() {
 }
 
 #[test]
+fn a_batch_number_that_somebody_made_up_stops_no_later_batch() {
+    let (store, _) = recover(formatted()).unwrap();
+    let salt = store.superblock().salt;
+    let mut driver = Driver::new(store);
+    let atomic = |n: u64| Op::Atomic(vec![put("a", n, 100), put("b", 100 + n, 100)]);
+    driver.run(&atomic(0)).unwrap();
+    let mut rng = Rng(17);
+    let image = driver.store.pm().crash_subset(0, &mut rng);
+    // It is in force in one of the areas, which are two and five frames long.
+    let areas = [0, 1].map(|area| (area, (2 + 5 * area) * FRAME_SIZE));
+    let (area, off) = areas
+        .into_iter()
+        .find(|(_, off)| image.load(*off) != Ok(0))
+        .unwrap();
+    let mut raw = [0; 64];
+    image.read(off, &mut raw).unwrap();
+    let mut pairs = vec![0; 16 * raw[16] as usize];
+    image.read(off + 64, &mut pairs).unwrap();
+    let sum = |raw: &[u8; 64]| {
+        let crc = crc32c_software(crc32c_software(0, &salt.to_le_bytes()), &raw[4..]);
+        crc32c_software(crc, &crc32c_software(0, &pairs).to_le_bytes()).to_le_bytes()
+    };
+    assert_eq!(raw[..4], sum(&raw));
+    raw[8..16].copy_from_slice(&((1u64 << 63) - 2 + area).to_le_bytes());
+    let crc = sum(&raw);
+    raw[..4].copy_from_slice(&crc);
+    image.damage(off, &raw);
+
+    let (store, report) = recover(image).unwrap();
+    assert_eq!(report.replayed, 2);
+    check(&store, &driver.model).unwrap();
+    let mut later = Driver::new(store);
+    later.model = driver.model.clone();
+    settle(&later.store, &mut later.model);
+    for n in 1..6 {
+        later.run(&atomic(n)).unwrap();
+        for _ in 0..50 {
+            let image = later.store.pm().crash_torn(&mut rng);
+            check_image(image, &later.model, &mut rng).unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_recovery_that_is_given_up_is_as_good_as_none() {
+    let (store, _) = recover(formatted()).unwrap();
+    let mut driver = Driver::new(store);
+    for n in 0..40 {
+        driver.run(&put(&format!("{}", n % 25), n, 30)).unwrap();
+        driver.run(&Op::Append { tag: 100 + n, len: 8 }).unwrap();
+        driver.run(&Op::Commit).unwrap();
+        if n == 20 {
+            driver.run(&Op::Truncate).unwrap();
+        }
+    }
+    let both = Op::Atomic(vec![put("3", 200, 9), put("new", 201, 9)]);
+    driver.run(&both).unwrap();
+    let mut rng = Rng(18);
+    for _ in 0..5 {
+        let base = driver.store.pm().crash_torn(&mut rng);
+        let mut given_up = 0;
+        loop {
+            let image = base.clone();
+            image.give_up_after(given_up);
+            let geo = probe(&image).unwrap().superblock.geometry;
+            let frames = host::HostFrames::new(&geo).unwrap();
+            let work = vec![0; SimStore::WORK_WORDS];
+            let tried = Store::recover(&image, frames, work, host::list, RecoverOptions::default());
+            match tried {
+                Err(Error::Interrupted) => (),
+                other => break drop(other.unwrap()),
+            }
+            image.give_up_after(u64::MAX);
+            let crashed = image.crash_torn(&mut rng);
+            check_image(crashed, &driver.model, &mut rng).unwrap();
+            let (store, _) = recover(image).unwrap();
+            check(&store, &driver.model).unwrap();
+            given_up += 7;
+        }
+        assert!(given_up > 100, "{given_up}");
+    }
+}
+
+#[test]
 fn an_aborted_batch_leaves_nothing() {
     let ops = [
         put("a", 1, 60),
