@@ -771,15 +771,14 @@ unsafe fn attached<'a>(sk: NonNull<ext::sock>) -> Result<Attached<'a>> {
     Ok(Attached { locked, ctx, store })
 }
 
-/// Runs `f` on the attached socket that `fd` names, under its lock. Process context, sleeps.
+/// Runs `f` on an attached socket, under its lock. Process context, sleeps.
 ///
-/// `EBADF`, `ENOTSOCK`, `EOPNOTSUPP` if it is neither TCP nor UDP over IPv4 or IPv6, `EUNATCH` if it
+/// `EOPNOTSUPP` if it is neither TCP nor UDP over IPv4 or IPv6, `EUNATCH` if it
 /// is not attached, `EIO` if its store is gone; else what `f` answers.
 pub(crate) fn with_attached<R>(
-    fd: i32,
+    file: &SocketFile,
     f: impl FnOnce(&mut Attached<'_>) -> Result<R>,
 ) -> Result<R> {
-    let file = SocketFile::get(fd)?;
     if file.transport().is_none() {
         return Err(errno(bindings::EOPNOTSUPP));
     }

@@ -11,10 +11,11 @@
 use crate::{
     attach::Ctx,
     bindings as ext,
+    frame::Frame,
     note::{self, Note},
     place::{self, Cursor},
     quota,
-    skb::Queued,
+    skb::{Part, Queued},
     sock::{errno, Flow},
     store::Store,
     token::{Held, Tokens},
@@ -320,29 +321,32 @@ impl Source<'_> {
         }
     }
 
+    /// The note of a part's first byte, and where in what it is of that is, if that can be
+    /// described: placement made the part.
+    ///
+    /// No part that it made goes on after its note. One that a program sent from the store may, and
+    /// have a note for each handful of bytes: more than a datagram may have descriptors.
+    fn noted(&self, skb: &Queued<'_>, part: &Part) -> Option<(Frame, Note, u32)> {
+        let area = self.store.frames();
+        let frame = area.frame_of(part.page?.as_ptr())?;
+        // The skb has a reference on the page.
+        let note = note::find(area, frame, part.off)?;
+        let skip = part.off - u32::from(note.offset);
+        let goes_on = part.len > u32::from(note.len) - skip;
+        (!goes_on || !skb.is_datagram()).then_some((frame, note, skip))
+    }
+
     /// What is known of the byte at `off`, if it is in one of the store's frames; with a hold.
     fn placed(&self, skb: &Queued<'_>, off: u32, len: u32) -> Result<Option<Held>> {
         let area = self.store.frames();
         let part = skb.part(off);
-        let Some(page) = part.page else {
+        // Bytes of this store's that another way brought here: sent from it over loopback. Not
+        // written by placement, so what comes after them in the frame is not ours to describe
+        // either: copy them.
+        let Some((frame, note, skip)) = self.noted(skb, &part) else {
             return Ok(None);
         };
-        let Some(frame) = area.frame_of(page.as_ptr()) else {
-            return Ok(None);
-        };
-        let mut len = len.min(part.len);
-        // The skb has a reference on the page.
-        let note = match note::find(area, frame, part.off) {
-            Some(note) => {
-                let skip = part.off - u32::from(note.offset);
-                len = len.min(u32::from(note.len) - skip);
-                note.part(skip, len)
-            }
-            // Bytes of this store's that another way brought here: sent from it over loopback.
-            // Not written by placement, so what comes after them in the frame is not ours to
-            // describe either: copy them.
-            None => return Ok(None),
-        };
+        let note = note.part(skip, len.min(part.len).min(u32::from(note.len) - skip));
         if area.hold(frame).is_err() {
             return Ok(None);
         }
@@ -369,11 +373,7 @@ impl Source<'_> {
         let max = len.min(self.cursor.left());
         while n < max {
             let part = skb.part(off + n);
-            let ours = part
-                .page
-                .and_then(|page| Some((area.frame_of(page.as_ptr())?, part.off)))
-                .is_some_and(|(frame, at)| note::find(area, frame, at).is_some());
-            if n > 0 && ours {
+            if n > 0 && self.noted(skb, &part).is_some() {
                 break;
             }
             n = n.saturating_add(part.len).min(max);

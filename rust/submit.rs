@@ -24,7 +24,7 @@ use crate::{
     frame::{Frame, FrameArea},
     pm::{self, csum::Sum, Pmem},
     region::Region,
-    sock::{self, errno, OptVal, Transport},
+    sock::{self, errno, OptVal, SocketFile, Transport},
     store::{Core, Store},
     token::Held,
     uapi::Plain,
@@ -110,6 +110,9 @@ struct Op {
     pieces: Range<usize>,
     /// If they are of a buffer: nobody writes to it.
     sealed: Option<Sealed>,
+    /// The socket that `fd` names, as soon as it was asked for: it may name another one later, whose
+    /// tokens have the same numbers.
+    socket: Option<SocketFile>,
     meta: pm::Meta,
     if_seq: Option<u64>,
     result: Plain<ext::pmskb_result>,
@@ -215,7 +218,7 @@ fn check_releases(
     for op in ops.iter_mut() {
         if matches!(op.action, Action::Release) && !op.failed() {
             let exts = part(exts, &op.exts);
-            let checked = with_socket(store, caller, op.fd, |socket| {
+            let checked = with_socket(store, caller, op.fd, &mut op.socket, |socket| {
                 exts.iter()
                     .try_for_each(|ext| socket.get(ext.0.token).map(|_| ()))
             });
@@ -282,6 +285,7 @@ impl Op {
             object: 0,
             pieces: 0..0,
             sealed: None,
+            socket: None,
             meta: pm::Meta::default(),
             if_seq: None,
             result: Plain::default(),
@@ -488,9 +492,10 @@ fn resolve(
         object,
         meta,
         crc32c,
+        socket,
         ..
     } = op;
-    with_socket(store, caller, *fd, |socket| {
+    with_socket(store, caller, *fd, socket, |socket| {
         *crc32c |= socket.crc32c();
         let udp = socket.transport() == Transport::Udp;
         // Of several datagrams the first one's.
@@ -881,7 +886,7 @@ fn finish(
         }
     } else if !op.failed() && !exts.is_empty() && (release || !op.keep) {
         let mut released = 0;
-        let done = with_socket(store, caller, op.fd, |socket| {
+        let done = with_socket(store, caller, op.fd, &mut op.socket, |socket| {
             if release && !atomic {
                 // All or none, so that a wrong token does no harm.
                 for ext in exts {
@@ -909,17 +914,22 @@ fn with_socket<T>(
     store: &Arc<Store>,
     caller: &mut Caller<'_, '_>,
     fd: i32,
+    file: &mut Option<SocketFile>,
     then: impl FnOnce(&mut Attached<'_>) -> Result<T>,
 ) -> Result<T> {
-    match caller {
-        Caller::Socket(socket) => then(socket),
-        Caller::Store => attach::with_attached(fd, |socket| {
-            if !Arc::ptr_eq(socket.store(), store) {
-                return Err(errno(bindings::EXDEV));
-            }
-            then(socket)
-        }),
+    if let Caller::Socket(socket) = caller {
+        return then(socket);
     }
+    let file = match file {
+        Some(file) => file,
+        none => none.insert(SocketFile::get(fd)?),
+    };
+    attach::with_attached(file, |socket| {
+        if !Arc::ptr_eq(socket.store(), store) {
+            return Err(errno(bindings::EXDEV));
+        }
+        then(socket)
+    })
 }
 
 /// Records without a key of what a socket has received, in order, for auto-persist: of TCP one a

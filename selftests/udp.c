@@ -20,6 +20,7 @@
 #include <pthread.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/sendfile.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -2014,6 +2015,64 @@ TEST_F_TIMEOUT(dgram, with_auto_persist_out_of_frames_nothing_is_given_out_and_n
 TEST_F_TIMEOUT(dgram, with_auto_persist_out_of_frames_none_of_a_packet_has_two_records, 120)
 {
 	out_of_frames(_metadata, &self->s, &self->net, true);
+}
+
+/* Two frames of small datagrams, that is many notes, in one that is not placed. */
+TEST_F(dgram, what_is_sent_from_the_store_has_room_whatever_its_frames_have_held)
+{
+	enum { NR = 80, LEN = 113, SENT = 2 * PMSKB_FRAME_SIZE, BEFORE = 40 };
+	static uint8_t buf[LEN], want[SENT], much[4000];
+	struct pmskb_store_info info;
+	struct pmskb_sock_info si;
+	struct pair small, p;
+	off_t off;
+	uint64_t placed;
+	uint32_t sum;
+	struct got g;
+	int i;
+
+	ASSERT_EQ(0, pair_make(&small, &self->net, true));
+	ASSERT_EQ(0, sock_attach_ioctl(small.s, self->s.fd));
+	ASSERT_EQ(0, sock_mode(small.s, PMSKB_RX_DESC));
+	for (i = 0; i < NR; i++) {
+		fill(buf, LEN, 81, (uint64_t)i * LEN);
+		ASSERT_EQ(LEN, send(small.c, buf, LEN, 0));
+	}
+	ASSERT_EQ(LEN, get(small.s, &g, MSG_PEEK));
+	ASSERT_EQ(0, g.d[0].offset % PMSKB_FRAME_SIZE);
+	off = g.d[0].offset;
+	ASSERT_EQ(SENT, pread(self->s.fd, want, SENT, off));
+	EXPECT_EQ(-1, differs(want, 36 * LEN, 81, 0));
+	EXPECT_EQ(-1, differs(want + PMSKB_FRAME_SIZE, 36 * LEN, 81, 36 * LEN));
+	ASSERT_EQ(0, release(small.s, &g));
+
+	ASSERT_EQ(0, pair_make(&p, &self->net, true));
+	ASSERT_EQ(0, sock_attach_ioctl(p.s, self->s.fd));
+	ASSERT_EQ(0, sock_mode(p.s, PMSKB_RX_DESC));
+	/* So that it is not placed. */
+	ASSERT_EQ(0, sock_quota(p.s, 32, 1000));
+	for (i = 0; i < BEFORE; i++)
+		ASSERT_EQ(sizeof(much), send(p.c, much, sizeof(much), 0));
+	ASSERT_EQ(0, sock_info(p.s, &si));
+	placed = si.counters.placed;
+	ASSERT_EQ(SENT, sendfile(p.c, self->s.fd, &off, SENT));
+	ASSERT_EQ(0, sock_info(p.s, &si));
+	EXPECT_EQ(placed, si.counters.placed);
+	for (i = 0; i < BEFORE; i++) {
+		ASSERT_EQ(sizeof(much), get(p.s, &g, 0));
+		ASSERT_EQ(0, release(p.s, &g));
+	}
+	ASSERT_EQ(SENT, get(p.s, &g, 0));
+	EXPECT_GE(36, g.n);
+	for (i = 0, sum = 0; i < g.n; sum += g.d[i++].len) {
+		ASSERT_GE(SENT, sum + g.d[i].len);
+		EXPECT_EQ(0, memcmp(self->s.map + g.d[i].offset, want + sum, g.d[i].len));
+	}
+	EXPECT_EQ(SENT, sum);
+	ASSERT_EQ(0, release(p.s, &g));
+	pair_close(&small);
+	pair_close(&p);
+	EXPECT_EQ(0, store_back(&self->s, 10000, &info));
 }
 
 TEST_F(dgram, each_socket_of_a_reuseport_group_has_its_own)

@@ -285,6 +285,7 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         let base_seq = group.first().ok_or(Error::Invalid)?.base_seq;
         self.blank(to)?;
         let (header, word) = self.write_header(to, base_seq, false)?;
+        self.set_map(to, true)?;
         // So that `unfill` sees where the records end.
         for line in 1..LINES {
             self.pm.store(to.off() + line * LINE_SIZE, 0)?;

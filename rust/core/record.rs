@@ -398,17 +398,6 @@ impl FrameHeader {
         Ok((magic && (place || store)) || (place && store))
     }
 
-    /// Whether what is at `off` is the header of another store's record frame, or of one that it
-    /// gave back, as far as can be told. What cannot be read is none.
-    pub(super) fn foreign<P: Pmem>(pm: &P, off: u64, uuid: &[u8; 16]) -> Result<bool> {
-        let mut raw = [0u8; LINE_SIZE as usize];
-        match pm.read(off, &mut raw) {
-            Err(Error::Io) => return Ok(false),
-            read => read?,
-        }
-        Ok(get_u64(&raw, 8)? == off && get::<16>(&raw, 24)? != *uuid)
-    }
-
     /// Whether records were lost with the header at `off`, which is none, as far as can be
     /// told. A crash before a frame's first commit leaves any mixture of a header and of
     /// what was there, a payload for instance, but no record that belongs to it.
@@ -422,9 +411,6 @@ impl FrameHeader {
             ..made
         };
         let resembles = Self::resembles(pm, off, &sb.uuid)?;
-        // A nonce that this store would not have made for what else the header says is one that
-        // it made only if the header is its own: an earlier store's records have theirs.
-        let own = get::<16>(&raw, 24)? == sb.uuid;
         for line in 1..LINES {
             let at = off.saturating_add(line * LINE_SIZE);
             match pm.read(at, &mut raw) {
@@ -437,7 +423,7 @@ impl FrameHeader {
                 Err(error) => Err(error),
             };
             let found = if resembles {
-                (own && put(&stored)?) || put(&made)?
+                put(&stored)? || put(&made)?
             } else {
                 // Nothing is left that the sums of records could be checked with.
                 let word = get_u64(&raw, 0)?;

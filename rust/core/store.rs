@@ -6,11 +6,11 @@
 //!
 //! 1. put: payload, key and extent lists are written back; the record is
 //!    written, its first word 0. Before the first fence also the kills of records
-//!    that the commit before replaced, headers and map words of frames opened.
+//!    that the commit before replaced, and headers of frames opened.
 //! 2. *fence*
 //! 3. The first word of each record is stored, those of deleted records are
-//!    overwritten; their lines are written back. So are headers and map words of
-//!    frames that are empty.
+//!    overwritten; their lines are written back. So are map words of frames opened,
+//!    and headers and map words of frames that are empty.
 //! 4. *fence*: all is durable. What the kills of 1 held, and the empty frames, are
 //!    given back; the index is changed.
 //!
@@ -855,11 +855,6 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
                 self.flush(off, 8)?;
             }
         }
-        if FrameHeader::foreign(&self.pm, frame.off(), &self.sb.uuid)? {
-            // What an earlier store of the region left there: with its header, or words of that,
-            // its records would be taken for some of this store that were lost with theirs.
-            self.fence();
-        }
         Ok(())
     }
 
@@ -885,8 +880,26 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
             // crash would leave what looks like records that were lost with their header.
             self.fence();
         }
-        self.set_map(frame, true)?;
         Ok((header, word))
+    }
+
+    /// Puts the frames of staged records into the map. Not before their headers are durable: what
+    /// the map names and has no header would be taken for damage, whatever it had before.
+    fn map_staged(&mut self) -> Result<()> {
+        let mut last = None;
+        for index in 0..self.staged {
+            let staged = self.staged_at(index);
+            let frame = Frame::of(staged.loc).filter(|_| staged.kept == Kept::Put);
+            let Some(frame) = frame.filter(|_| frame != last) else {
+                continue;
+            };
+            last = Some(frame);
+            let (at, bit) = self.geo.map_bit(frame);
+            if self.pm.load(at)? & bit == 0 {
+                self.set_map(frame, true)?;
+            }
+        }
+        Ok(())
     }
 
     /// Sets or clears a frame's bit in the map and starts the write-back.
@@ -938,6 +951,7 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
 
         self.end_batch()?;
         let closed = self.close_empty()?;
+        self.map_staged()?;
         match sealed {
             Some((off, word)) => {
                 self.pm.store(off, word)?;

@@ -531,17 +531,19 @@ fn a_crash_while_formatting_leaves_the_old_store_none_or_the_new_one() {
 fn what_an_earlier_store_left_in_a_frame_is_no_damage() {
     // A frame with records, and one with truncated ones that was given back.
     let records = [put("a", 1, 100), put("b", 2, 100), Op::Commit];
-    earlier_store(&records, &[]);
+    earlier_store(&records, &[], false);
     let mut log: Vec<_> = (1..80).map(|tag| Op::Append { tag, len: 8 }).collect();
     log.push(Op::Commit);
     let last = Op::Append { tag: 99, len: 8 };
     let gone = [Op::Truncate, last, Op::Commit, Op::Sync];
-    earlier_store(&log, &gone);
+    earlier_store(&log, &gone, false);
+    // And one in which something else begins, with records behind it.
+    earlier_store(&records, &[], true);
 }
 
-/// A store is used, formatted again, and uses the frame that had its first records for records;
-/// what these were is in the caches, or something else is.
-fn earlier_store(before: &[Op], then: &[Op]) {
+/// A store is used, formatted again, and uses the frame that had its first records for records,
+/// whose first line is another object's by then if it was `overwritten`.
+fn earlier_store(before: &[Op], then: &[Op], overwritten: bool) {
     let (store, _) = recover(formatted()).unwrap();
     let mut driver = Driver::new(store);
     for op in before {
@@ -560,6 +562,9 @@ fn earlier_store(before: &[Op], then: &[Op]) {
     };
     format(&old, &new).unwrap();
     let base = old.crash_subset(0, &mut Rng(0));
+    if overwritten {
+        base.damage(first * FRAME_SIZE, &[b'x'; 64]);
+    }
     let run = |stop: u64, taken: usize| {
         let (store, _) = recover(base.clone()).unwrap();
         store.pm().reset_counts();
