@@ -4,7 +4,8 @@
 //!
 //! Batches in force are stored first. Then two passes over the record frames,
 //! which the frame map names. The first claims every frame that a live record
-//! uses, and changes nothing; then a superblock is written. The second lists the
+//! uses, and changes nothing but that it takes frames without records out of the map; then a
+//! superblock is written. The second lists the
 //! records, by key, and loads the index from the sorted list, in frames that nobody
 //! claimed; kills what a later record replaced; and gives empty record frames back.
 //! A crash at any point of it is a crash before it.
@@ -118,6 +119,7 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
             batch::restore(&pm, &found.superblock)?;
         }
         let mut store = Store::empty(pm, frames, work, found.superblock)?;
+        store.read_only = options.read_only;
         let mut keyed = 0;
         store.claim_all(&mut report, &mut keyed)?;
         if report.last_seq >= u64::MAX / 2 {
@@ -134,7 +136,6 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         }
         store.dead_seq = store.sb.trunc_seq;
         live::begin(&store.pm, &store.sb, store.stats.durable_seq)?;
-        store.read_only = options.read_only;
         let frames = store.stats.record_frames as usize;
         let mut list = list(keyed + frames + keyed.max(frames)).ok_or(Error::NoMemory)?;
         let (keyed, rest) = list.split_at_mut_checked(keyed).ok_or(Error::NoMemory)?;
@@ -223,6 +224,7 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
                 Mapped::Records(header) => header,
                 Mapped::Other { damaged } => {
                     report.damaged_frames += u64::from(damaged);
+                    self.set_aside(frame)?;
                     continue;
                 }
                 Mapped::Unreadable => {
@@ -256,9 +258,20 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
                 self.stats.record_frames += 1;
             } else {
                 report.empty_frames += 1;
+                self.set_aside(frame)?;
             }
         }
         Ok(())
+    }
+
+    /// A frame that the map names holds no records. The index may go there; not before it is out of
+    /// the map, durably (the superblock's fence comes before), or what is left of it would be taken for
+    /// damage after a crash.
+    fn set_aside(&mut self, frame: Frame) -> Result<()> {
+        if self.read_only {
+            return self.frames.claim(frame, 0);
+        }
+        self.set_map(frame, false)
     }
 
     /// Whether a record's extents can be right.
