@@ -168,7 +168,7 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
 
     /// What is in a frame; none if it must stay as it is.
     fn gauge(&mut self, header: &FrameHeader, max_extents: usize) -> Result<Option<Gauge>> {
-        if self.open.is_some_and(|open| open.header.off == header.off) {
+        if self.stays(header.off) {
             return Ok(None);
         }
         let (mut lines, mut bytes, mut movable) = (0, 0, true);

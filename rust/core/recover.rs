@@ -4,8 +4,7 @@
 //!
 //! Batches in force are stored first. Then two passes over the record frames,
 //! which the frame map names. The first claims every frame that a live record
-//! uses, and changes nothing but that it takes frames without records out of the map; then a
-//! superblock is written. The second lists the
+//! uses, and changes nothing; then a superblock is written. The second lists the
 //! records, by key, and loads the index from the sorted list, in frames that nobody
 //! claimed; kills what a later record replaced; and gives empty record frames back.
 //! A crash at any point of it is a crash before it.
@@ -264,14 +263,14 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         Ok(())
     }
 
-    /// A frame that the map names holds no records. The index may go there; not before it is out of
-    /// the map, durably (the superblock's fence comes before), or what is left of it would be taken for
-    /// damage after a crash.
+    /// A frame that the map names holds no records. The index must not go there before it is out of
+    /// the map, durably, or what is left of it would be taken for damage after a crash: that comes
+    /// first in pass 2, if it comes.
     fn set_aside(&mut self, frame: Frame) -> Result<()> {
         if self.read_only {
             return self.frames.claim(frame, 0);
         }
-        self.set_map(frame, false)
+        Ok(())
     }
 
     /// Whether a record's extents can be right.
@@ -315,6 +314,10 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         spare: &mut [IndexEntry],
     ) -> Result<()> {
         let (keys, count) = self.list(keyed, frames)?;
+        // See set_aside().
+        if !broken!("unmap_fence") {
+            self.fence();
+        }
         let keyed = keyed.get_mut(..keys).ok_or(Error::Damaged)?;
         let frames = frames.get_mut(..count).ok_or(Error::Damaged)?;
         sort_by_prefix(&mut self.work, frames, spare)?;

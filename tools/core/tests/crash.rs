@@ -206,6 +206,24 @@ fn an_atomic_batch_that_begins_a_frame_is_there_as_a_whole_or_not_at_all() {
 }
 
 #[test]
+fn numbers_that_were_told_are_never_given_out_again() {
+    // Frames of 31 records, that are emptied while the next one has none yet, or none that stays.
+    let many = |n: u64| (0..n).map(|n| put(&format!("{n}"), n, 8));
+    let none = |n: u64| (0..n).map(|n| delete(&format!("{n}")));
+    for (first, again) in [(31, 1), (30, 2), (31, 31), (31, 40)] {
+        let mut ops: Vec<_> = many(first).chain([Op::Commit]).collect();
+        ops.extend(none(first).chain([Op::Commit]));
+        // Undone in the commit in which it was put.
+        ops.extend(many(again).chain(none(again)).chain([Op::Commit, Op::Sync]));
+        ops.extend(many(1).chain([Op::Commit, Op::Sync]));
+        let before = first as usize;
+        for at in [0, before + 1, 2 * before + 2] {
+            crash_after(&ops[..], at, 4, 30, 21);
+        }
+    }
+}
+
+#[test]
 fn a_batch_number_that_somebody_made_up_stops_no_later_batch() {
     let (store, _) = recover(formatted()).unwrap();
     let salt = store.superblock().salt;

@@ -100,6 +100,8 @@ pub struct Model {
     pub log: BTreeMap<u64, (usize, bool)>,
     /// What it may hold instead, as a whole.
     pub instead: Option<Box<Model>>,
+    /// The highest sequence number that somebody knows of.
+    pub highest: u64,
 }
 
 impl Model {
@@ -235,6 +237,7 @@ impl Driver {
             Op::Commit => {
                 self.store.commit()?;
                 self.model.committed();
+                self.model.highest = self.store.stats().durable_seq;
                 self.let_go();
                 Ok(())
             }
@@ -246,6 +249,7 @@ impl Driver {
                 self.stage_all(ops)?;
                 self.store.commit()?;
                 self.settle_instead();
+                self.model.highest = self.store.stats().durable_seq;
                 Ok(())
             }
             Op::Abort(ops) => {
@@ -375,6 +379,13 @@ pub fn check(store: &SimStore, model: &Model) -> std::result::Result<(), String>
 }
 
 fn check_one(store: &SimStore, model: &Model) -> std::result::Result<(), String> {
+    let last = store.stats().durable_seq;
+    if last < model.highest {
+        return Err(format!(
+            "{} may be given out again: {last} is the last one",
+            model.highest
+        ));
+    }
     let mut buf = [0; 512];
     let mut keys = BTreeSet::new();
     let mut log = BTreeSet::new();
