@@ -89,6 +89,7 @@ fn look(store: &Recovered<'_>, scratch: &mut Scratch) -> Result<State, String> {
     let (pm, geo) = (store.pm(), store.geometry());
     let mut state = State {
         truncated: store.stats().trunc_seq,
+        last: store.stats().durable_seq,
         found: Vec::new(),
     };
     let mut part = [0; 4096];

@@ -52,6 +52,8 @@ pub struct Found {
 pub struct State {
     /// Objects without a key are gone up to here.
     pub truncated: u64,
+    /// No number up to here is given out again.
+    pub last: u64,
     /// The objects.
     pub found: Vec<Found>,
 }
@@ -64,6 +66,9 @@ pub struct Ledger {
     /// What was acknowledged of objects without a key, by number.
     log: BTreeMap<u64, Op>,
     truncated: u64,
+    /// The highest number that was acknowledged.
+    #[serde(default)]
+    highest: u64,
     tried: BTreeMap<u64, Op>,
     /// Operations acknowledged so far.
     pub acknowledged: u64,
@@ -146,6 +151,9 @@ impl Ledger {
     }
 
     fn settle(&mut self, op: Op) {
+        if matches!(op.what, What::Put | What::Append) {
+            self.highest = self.highest.max(op.result.unwrap_or(0));
+        }
         match op.what {
             What::Put => drop(self.keys.insert(op.key, Some(op))),
             What::Delete => drop(self.keys.insert(op.key, None)),
@@ -177,6 +185,12 @@ impl Ledger {
     /// Whether a store may hold this; and if not, why.
     pub fn check(&self, state: &State) -> Result<(), String> {
         self.check_truncated(state.truncated)?;
+        if state.last < self.highest {
+            let (last, highest) = (state.last, self.highest);
+            return Err(format!(
+                "{highest} may be given out again: {last} is the last one"
+            ));
+        }
         let mut keys: HashMap<u64, &Found> = HashMap::with_capacity(state.found.len());
         let mut log: BTreeMap<u64, &Found> = BTreeMap::new();
         for found in &state.found {
@@ -367,6 +381,7 @@ mod tests {
     fn state(found: &[Found]) -> State {
         State {
             truncated: 0,
+            last: 99,
             found: found.to_vec(),
         }
     }
@@ -473,6 +488,7 @@ mod tests {
         l.check(&state(&all)).unwrap();
         let cut = State {
             truncated: 2,
+            last: 99,
             found: all[2..].to_vec(),
         };
         l.check(&cut).unwrap();
@@ -482,9 +498,24 @@ mod tests {
         wrong(&l, &all, "not up to one of");
         let back = State {
             truncated: 2,
+            last: 99,
             found: all.clone(),
         };
         assert!(l.check(&back).unwrap_err().contains("was truncated"));
+    }
+
+    #[test]
+    fn a_number_that_was_acknowledged_is_not_given_out_again() {
+        let mut l = Ledger::default();
+        l.begin(&begin(1, Kind::Put, 1, 0), Some(7));
+        l.ack(1, 7);
+        l.begin(&begin(2, Kind::Delete, 1, 0), Some(7));
+        l.ack(2, 7);
+        let mut gone = state(&[]);
+        gone.last = 7;
+        l.check(&gone).unwrap();
+        gone.last = 6;
+        assert!(l.check(&gone).unwrap_err().contains("given out again"));
     }
 
     #[test]
@@ -502,6 +533,7 @@ mod tests {
         l.ack(3, 5);
         let state = State {
             truncated: 5,
+            last: 99,
             found: put.to_vec(),
         };
         l.check(&state).unwrap();

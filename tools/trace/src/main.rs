@@ -244,8 +244,9 @@ fn tell(what: &What, outcome: &Outcome, took: Duration) {
         println!("VIOLATION in run {}: {}", v.run, v.what);
         println!("  after {} events, {}; again:", v.event, v.image);
         println!(
-            "  pmskb-trace check {} --images {} --seed {} --point {} --image {}",
+            "  pmskb-trace check {} --run {} --images {} --seed {} --point {} --image {}",
             what.trace.display(),
+            v.run,
             what.images,
             what.seed,
             v.point,

@@ -674,6 +674,7 @@ fn verify(store: &std::path::Path, ledger: &std::path::Path) -> anyhow::Result<(
     let catalog = Catalog::of_store(&store)?;
     let mut state = State {
         truncated: catalog.superblock().trunc_seq,
+        last: catalog.superblock().seq_floor,
         found: Vec::new(),
     };
     let wrong = |e| anyhow::anyhow!("reading: {}", pmskb_uapi::catalog::describe(e));
