@@ -818,7 +818,8 @@ impl Region {
             return Err(pm::Error::Invalid);
         }
         let addr = self.range(off, len)?;
-        // SAFETY: As in `word()`.
+        // SAFETY: `range()` found them in the mapping, which stays as long as the region; aligned,
+        // and accessed as atomics by all who share them.
         Ok(unsafe { core::slice::from_raw_parts(addr.cast(), count) })
     }
 }
@@ -905,8 +906,8 @@ impl pm::Pmem for Region {
         let Some(last) = count.checked_sub(1) else {
             return Ok(0);
         };
-        let words = last.checked_mul(stride).ok_or(pm::Error::Invalid)?;
-        let words = self.words(off, words + 1)?;
+        let words = last.checked_mul(stride).and_then(|n| n.checked_add(1));
+        let words = self.words(off, words.ok_or(pm::Error::Invalid)?)?;
         let (mut low, mut high) = (0, count);
         while low < high {
             let mid = low + (high - low) / 2;

@@ -18,7 +18,7 @@
 
 use super::pmem::{get_u32, get_u64, put};
 use super::superblock::Superblock;
-use super::{Error, Frame, Pmem, Result, FRAME_SIZE, LINE_SIZE, MAX_STAGED};
+use super::{Error, Pmem, Result, FRAME_SIZE, LINE_SIZE, MAX_STAGED};
 
 /// Frames of one area.
 const FRAMES: u64 = 5;
@@ -211,14 +211,6 @@ pub(super) fn replay<P: Pmem>(pm: &P, sb: &Superblock) -> Result<Replayed> {
                 pm.store(to, word)?;
                 pm.flush(to, 8)?;
                 done.words = done.words.saturating_add(1);
-            }
-            // A frame that its first records were put into: the map was stored with the batch.
-            let frame = Frame::of(to / FRAME_SIZE * FRAME_SIZE).ok_or(Error::Damaged)?;
-            let (at, bit) = sb.geometry.map_bit(frame);
-            let mapped = pm.load(at)?;
-            if mapped & bit == 0 && !broken!("batch_map") {
-                pm.store(at, mapped | bit)?;
-                pm.flush(at, 8)?;
             }
         }
     }

@@ -168,7 +168,7 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
 
     /// What is in a frame; none if it must stay as it is.
     fn gauge(&mut self, header: &FrameHeader, max_extents: usize) -> Result<Option<Gauge>> {
-        if self.stays(header.off) {
+        if self.open.is_some_and(|open| open.header.off == header.off) {
             return Ok(None);
         }
         let (mut lines, mut bytes, mut movable) = (0, 0, true);
@@ -285,7 +285,6 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         let base_seq = group.first().ok_or(Error::Invalid)?.base_seq;
         self.blank(to)?;
         let (header, word) = self.write_header(to, base_seq, false)?;
-        self.set_map(to, true)?;
         // So that `unfill` sees where the records end.
         for line in 1..LINES {
             self.pm.store(to.off() + line * LINE_SIZE, 0)?;

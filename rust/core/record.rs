@@ -411,6 +411,11 @@ impl FrameHeader {
             ..made
         };
         let resembles = Self::resembles(pm, off, &sb.uuid)?;
+        // A nonce that this store would not have made for what else the header says is one that
+        // it made only if the header is its own: an earlier store's records have theirs. (A header
+        // of each, torn, may have the one's nonce and the other's name: then a crash at the first
+        // use of the frame is taken for damage, though nothing is lost.)
+        let own = get::<16>(&raw, 24)? == sb.uuid;
         for line in 1..LINES {
             let at = off.saturating_add(line * LINE_SIZE);
             match pm.read(at, &mut raw) {
@@ -423,7 +428,7 @@ impl FrameHeader {
                 Err(error) => Err(error),
             };
             let found = if resembles {
-                put(&stored)? || put(&made)?
+                (own && put(&stored)?) || put(&made)?
             } else {
                 // Nothing is left that the sums of records could be checked with.
                 let word = get_u64(&raw, 0)?;

@@ -68,7 +68,8 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
     /// One record less in a frame; the frame goes when it was the last.
     pub(super) fn drop_record_frame(&mut self, frame: Frame) -> Result<()> {
         let left = self.frames.unhold(frame, 0)?;
-        if left != 1 || self.stays(frame.off()) || self.empty >= MAX_EMPTY {
+        let open = self.open.is_some_and(|open| open.header.off == frame.off());
+        if left != 1 || open || self.empty >= MAX_EMPTY {
             return Ok(());
         }
         let base = match self.pm.load(frame.off() + 16) {
@@ -93,8 +94,8 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
     }
 
     /// Makes empty record frames invalid; how many there are now that may be
-    /// given back after the next fence. None of them has the highest sequence number that is
-    /// durable, so that this is never forgotten.
+    /// given back after the next fence. The frames opened since are durable, so that
+    /// the highest sequence number is never forgotten.
     pub(super) fn close_empty(&mut self) -> Result<usize> {
         for index in 0..self.empty {
             let off = self.empty_at(index);
@@ -238,7 +239,7 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
         let gone = |store: &Self, record: &Record| {
             !record.keyed() && record.seq <= trunc && store.check_record(record).is_ok()
         };
-        let mut stays = self.stays(header.off);
+        let mut stays = self.open.is_some_and(|open| open.header.off == header.off);
         self.each_record(header, |store, record| {
             stays |= !gone(store, record);
             Ok(())

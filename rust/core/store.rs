@@ -6,11 +6,11 @@
 //!
 //! 1. put: payload, key and extent lists are written back; the record is
 //!    written, its first word 0. Before the first fence also the kills of records
-//!    that the commit before replaced, and headers of frames opened.
+//!    that the commit before replaced, headers and map words of frames opened.
 //! 2. *fence*
 //! 3. The first word of each record is stored, those of deleted records are
-//!    overwritten; their lines are written back. So are map words of frames opened,
-//!    and headers and map words of frames that are empty.
+//!    overwritten; their lines are written back. So are headers and map words of
+//!    frames that are empty.
 //! 4. *fence*: all is durable. What the kills of 1 held, and the empty frames, are
 //!    given back; the index is changed.
 //!
@@ -199,9 +199,6 @@ pub struct Store<P, F, B> {
     pub(super) stats: Stats,
     pub(super) next_seq: u64,
     pub(super) open: Option<Open>,
-    /// The frame of the last record that was committed, if another one is open: until the map
-    /// names that, this one tells after a crash which sequence numbers were given out.
-    kept: Option<Frame>,
     /// Record frames begun since recovery.
     opened: u64,
     staged: usize,
@@ -253,7 +250,6 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
             stats: Stats::default(),
             next_seq: 1,
             open: None,
-            kept: None,
             opened: 0,
             staged: 0,
             staged_kept: 0,
@@ -814,10 +810,9 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
             Ok(open) => {
                 let before = self.open.replace(open);
                 if let Some(before) = before.and_then(|open| Frame::of(open.header.off)) {
-                    match self.kept {
-                        None => self.kept = Some(before),
-                        Some(_) => self.let_go(before)?,
-                    }
+                    // It may have become empty while it was open.
+                    self.frames.hold(before, 0)?;
+                    self.drop_record_frame(before)?;
                 }
             }
             Err(_) => {
@@ -827,19 +822,6 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
             }
         }
         opened
-    }
-
-    /// A frame is not open any more; it may have become empty while it was.
-    fn let_go(&mut self, frame: Frame) -> Result<()> {
-        self.frames.hold(frame, 0)?;
-        self.drop_record_frame(frame)
-    }
-
-    /// Whether a record frame must stay even if it is empty: records are appended there, or it
-    /// has the highest sequence number that is durable.
-    pub(super) fn stays(&self, off: u64) -> bool {
-        let open = self.open.is_some_and(|open| open.header.off == off);
-        open || self.kept.is_some_and(|kept| kept.off() == off)
     }
 
     fn init_frame(&mut self, frame: Frame) -> Result<Open> {
@@ -898,27 +880,8 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
             // crash would leave what looks like records that were lost with their header.
             self.fence();
         }
+        self.set_map(frame, true)?;
         Ok((header, word))
-    }
-
-    /// Puts the frames of staged records into the map, also of those that were undone: their
-    /// numbers were told. Not before their headers are durable: what the map names and has no header
-    /// would be taken for damage, whatever it had before. The last one's frame.
-    fn map_staged(&mut self) -> Result<Option<Frame>> {
-        let mut last = None;
-        for index in 0..self.staged {
-            let staged = self.staged_at(index);
-            let frame = Frame::of(staged.loc).filter(|_| is_put(staged.word));
-            let Some(frame) = frame.filter(|_| frame != last) else {
-                continue;
-            };
-            last = Some(frame);
-            let (at, bit) = self.geo.map_bit(frame);
-            if self.pm.load(at)? & bit == 0 {
-                self.set_map(frame, true)?;
-            }
-        }
-        Ok(last)
     }
 
     /// Sets or clears a frame's bit in the map and starts the write-back.
@@ -970,7 +933,6 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
 
         self.end_batch()?;
         let closed = self.close_empty()?;
-        let last = self.map_staged()?;
         match sealed {
             Some((off, word)) => {
                 self.pm.store(off, word)?;
@@ -1007,14 +969,6 @@ impl<P: Pmem, F: Frames, B: Buf> Store<P, F, B> {
             }
         }
         self.pm.store(live::INDEXED_SEQ, self.stats.durable_seq)?;
-        if let Some(last) = last {
-            let open = self.open.and_then(|open| Frame::of(open.header.off));
-            let kept = Some(last).filter(|_| open != Some(last));
-            let before = core::mem::replace(&mut self.kept, kept);
-            if let Some(before) = before.filter(|_| before != kept) {
-                self.let_go(before)?;
-            }
-        }
         if sealed.is_some() {
             self.tick_snapshot()?;
         }

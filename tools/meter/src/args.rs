@@ -2,7 +2,7 @@
 //! The plugin's arguments.
 
 use crate::cache::Cache;
-use pmskb_tcg::args::number;
+use pmskb_tcg::args::{self, number};
 use std::path::PathBuf;
 
 /// All arguments.
@@ -46,15 +46,7 @@ impl Args {
             cache: None,
         };
         let (mut size, mut ways) = (None, 16);
-        let mut seen: Vec<&str> = Vec::new();
-        for arg in args {
-            let (key, value) = arg
-                .split_once('=')
-                .ok_or_else(|| format!("{arg}: not of the form key=value"))?;
-            if seen.contains(&key) {
-                return Err(format!("{key}= is given twice"));
-            }
-            seen.push(key);
+        for (key, value) in args::pairs(args)? {
             let bad = || format!("{key}={value}: not a number that fits");
             let number = || number(value).ok_or_else(bad);
             match key {

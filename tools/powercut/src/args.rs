@@ -100,15 +100,7 @@ impl Args {
             locked: false,
             directmap: None,
         };
-        let mut seen: Vec<&str> = Vec::new();
-        for arg in args {
-            let (key, value) = arg
-                .split_once('=')
-                .ok_or_else(|| format!("{arg}: not of the form key=value"))?;
-            if seen.contains(&key) {
-                return Err(format!("{key}= is given twice"));
-            }
-            seen.push(key);
+        for (key, value) in args::pairs(args)? {
             match key {
                 "pm" => pm = Some(path(key, value)?),
                 "out" => parsed.out = Some(path(key, value)?),

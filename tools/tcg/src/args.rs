@@ -20,6 +20,23 @@ pub unsafe fn strings<'a>(argc: c_int, argv: *const *const c_char) -> Result<Vec
         .collect()
 }
 
+/// Keys and values of arguments, each key once.
+pub fn pairs<'a>(
+    args: impl IntoIterator<Item = &'a str>,
+) -> Result<Vec<(&'a str, &'a str)>, String> {
+    let mut pairs: Vec<(&str, &str)> = Vec::new();
+    for arg in args {
+        let (key, value) = arg
+            .split_once('=')
+            .ok_or_else(|| format!("{arg}: not of the form key=value"))?;
+        if pairs.iter().any(|(other, _)| *other == key) {
+            return Err(format!("{key}= is given twice"));
+        }
+        pairs.push((key, value));
+    }
+    Ok(pairs)
+}
+
 /// A number, decimal or with 0x, and with K, M or G.
 #[must_use]
 pub fn number(value: &str) -> Option<u64> {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 //! The plugin's arguments.
 
-use pmskb_tcg::args::number;
+use pmskb_tcg::args::{self, number};
 use std::path::PathBuf;
 
 /// All arguments.
@@ -30,15 +30,7 @@ impl Args {
             out: PathBuf::new(),
             directmap: None,
         };
-        let mut seen: Vec<&str> = Vec::new();
-        for arg in args {
-            let (key, value) = arg
-                .split_once('=')
-                .ok_or_else(|| format!("{arg}: not of the form key=value"))?;
-            if seen.contains(&key) {
-                return Err(format!("{key}= is given twice"));
-            }
-            seen.push(key);
+        for (key, value) in args::pairs(args)? {
             let number =
                 || number(value).ok_or_else(|| format!("{key}={value}: not a number that fits"));
             match key {

@@ -193,7 +193,7 @@ fn space(store: &Recovered<'_>, scratch: &mut Scratch) -> Result<(), String> {
     }
     let busy = u64::from(counts.owned + counts.held);
     let right = used.len() as u64 + stats.list_frames + stats.index_frames;
-    if busy < right || busy > right + 1 + stats.empty_frames {
+    if busy != right + stats.empty_frames {
         return Err(format!(
             "frames leak: {busy} are in use, {right} have a reason: {stats:?}"
         ));

@@ -171,11 +171,6 @@ impl Ledger {
         }
     }
 
-    /// Operations that are being tried.
-    pub fn tried(&self) -> usize {
-        self.tried.len()
-    }
-
     /// After it was read from a file.
     pub fn restored(mut self) -> Self {
         self.names = self.keys.keys().map(|key| (key_of(*key), *key)).collect();

@@ -5,7 +5,7 @@
 //! cuts recovery itself short. Most lines that an image may have lost nobody ever looks at: they
 //! can be left open until somebody does.
 
-use pmskb_core::{Error, LINE_SIZE, Pmem, Result};
+use pmskb_core::{Error, Pmem, Result};
 use pmskb_tcg::model::{LINE, Line};
 use std::cell::RefCell;
 
@@ -368,11 +368,6 @@ impl Pmem for Media {
     fn crc32c(&self, crc: u32, data: &[u8]) -> u32 {
         crc32c::crc32c_append(crc, data)
     }
-}
-
-/// Lines of a region of so many bytes.
-pub fn lines_of(len: u64) -> usize {
-    (len / LINE_SIZE) as usize
 }
 
 #[cfg(test)]
